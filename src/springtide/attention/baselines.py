@@ -1,0 +1,123 @@
+"""What TidalDecode is compared with: Quest, sinks with a window, and the best selection there could be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from springtide import kernels
+from springtide.attention.policy import (
+    Layer,
+    Policy,
+    always_keep,
+    at_least,
+    dense,
+    gathered,
+    option,
+    pooled_scores,
+)
+from springtide.engine.rows import Segment
+from springtide.engine.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class _Sparse(Policy):
+    """Dense for prompts, in the first ``skip`` layers and where the budget covers the context; else ``choose``."""
+
+    budget: int = option(1024, "tokens that a sparse layer reads per KV head")
+
+    def resolve(self, spec: ModelSpec) -> Self:
+        at_least(self.budget, 1, self.name, "budget")
+        return self
+
+    def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
+        skip: int = getattr(self, "skip", 0)
+        if not segment.decoding or layer.window is not None or layer.index < skip or self.budget >= segment.length:
+            return dense(layer, q, segment)
+        index = self.choose(layer, q, segment)
+        return gathered(layer, q, segment, index.clamp(max=segment.length - 1), index < segment.length)
+
+    def choose(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
+        """The slots that each row reads at this layer: ``[R, H_kv, B]``; those beyond the last one are void."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        return {"policy": self.name, "budget": self.budget}
+
+
+@dataclass(frozen=True)
+class Oracle(_Sparse):
+    """Every layer reads the ``budget`` tokens that its own queries want most: it saves nothing and bounds the rest."""
+
+    name: ClassVar[str] = "oracle"
+
+    skip: int = option(2, "first layers that stay dense")
+
+    def choose(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
+        keys, _ = segment.cache.read(layer.index, 0, segment.length)
+        segment.bytes_read += keys.nbytes
+        ranking = pooled_scores(layer, q, segment, pool="mean", heads="kv")
+        return kernels.select(always_keep(ranking, segment, sinks=0, recent=1), self.budget)
+
+
+@dataclass(frozen=True)
+class Streaming(_Sparse):
+    """The first tokens and the newest ones (Xiao et al., arXiv 2309.17453), with their original positions."""
+
+    name: ClassVar[str] = "streaming"
+
+    sinks: int = option(4, "oldest tokens that are always kept, inside the budget")
+
+    def choose(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
+        keys, _ = segment.cache.read(layer.index, 0, segment.length)
+        blank = torch.full((q.shape[0], keys.shape[0], segment.length), -torch.inf, device=q.device)
+        recent = max(1, self.budget - self.sinks)
+        return kernels.select(always_keep(blank, segment, self.sinks, recent), self.budget)
+
+
+@dataclass(frozen=True)
+class Quest(_Sparse):
+    """Query-aware pages (Tang et al., arXiv 2406.10774): the pages whose bounds allow the largest logits.
+
+    A page's bound is ``sum_d max(q_d min_d, q_d max_d)`` over the minimum and maximum of its keys. The bounds are
+    computed anew in every pass, so this measures quality, not speed; ``bytes_read`` counts what a kernel would read.
+    Query heads that share a KV head share its pages. The newest page is always read.
+    """
+
+    name: ClassVar[str] = "quest"
+    rows_independent: ClassVar[bool] = False
+
+    skip: int = option(2, "first layers that stay dense")
+    page: int = option(16, "tokens in a page")
+    pool: Literal["mean", "max"] = option("max", "how the query heads of a KV head are joined in ranking pages")
+
+    def resolve(self, spec: ModelSpec) -> Self:
+        at_least(self.page, 1, self.name, "page")
+        at_least(self.budget, self.page, self.name, "budget")
+        return super().resolve(spec)
+
+    def choose(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
+        keys, _ = segment.cache.read(layer.index, 0, segment.length)
+        low, high = page_bounds(keys, self.page)
+        segment.bytes_read += low.nbytes + high.nbytes
+        rows, kv_heads, pages = q.shape[0], keys.shape[0], low.shape[1]
+        grouped = q.view(rows, kv_heads, -1, q.shape[2])
+        bound = torch.einsum("rkgd,kpd->rkgp", grouped.clamp(min=0), high)
+        bound += torch.einsum("rkgd,kpd->rkgp", grouped.clamp(max=0), low)
+        ranking = bound.amax(2) if self.pool == "max" else bound.float().softmax(-1).mean(2)
+        ranking[..., -1] = torch.finfo(ranking.dtype).max
+        chosen = kernels.select(ranking, self.budget // self.page)
+        slots = chosen[..., None] * self.page + torch.arange(self.page, device=q.device)
+        return slots.flatten(2)
+
+
+def page_bounds(keys: Tensor, page: int) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each page of ``keys [H_kv, L, D]``: two ``[H_kv, ceil(L / page), D]``."""
+    kv_heads, length, head_dim = keys.shape
+    padding = -length % page
+    padded = torch.cat([keys, keys[:, -1:].expand(-1, padding, -1)], dim=1)
+    paged = padded.view(kv_heads, -1, page, head_dim)
+    return paged.amin(2), paged.amax(2)

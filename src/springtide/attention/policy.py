@@ -1,0 +1,149 @@
+"""What an attention policy is: it decides which cached tokens each layer reads.
+
+A policy is a frozen dataclass of its options. What it remembers of a sequence lives in that sequence's ``State``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from springtide import kernels
+from springtide.engine.rows import Segment
+from springtide.engine.spec import ModelSpec
+from springtide.errors import SpringtideError
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with the sentence that documents it wherever options are listed."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's attention: its index, logit scale, soft cap and sliding window (tokens), the latter two if any."""
+
+    index: int
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+
+
+@dataclass
+class State:
+    """What every policy remembers of a sequence.
+
+    ``exact`` counts the leading tokens whose cache rows are as a dense pass would have written them.
+    """
+
+    exact: int = 0
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Dense attention, and the base of every other policy."""
+
+    name: ClassVar[str] = "dense"
+    rows_independent: ClassVar[bool] = True
+    """Whether a chain of rows in one pass gives what the same rows give one pass at a time."""
+
+    def resolve(self, spec: ModelSpec) -> Self:
+        """Check the options against a model and fill in those that depend on it; raises SpringtideError."""
+        return self
+
+    def new_state(self) -> State:
+        """State of a sequence before its first token."""
+        return State()
+
+    def resume(self, state: State, length: int, prefilling: bool) -> int:
+        """The first position that the next pass computes: ``length`` (tokens in the cache), or less for a refresh."""
+        return length
+
+    def headroom(self, state: State, length: int) -> int | None:
+        """How many tokens may be committed before the next refresh is due; None for no limit."""
+        return None
+
+    def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
+        """Attention output ``[R, H, D]`` of the segment's rows ``q [R, H, D]``, whose keys are in the cache already."""
+        return dense(layer, q, segment)
+
+    def commit(self, segment: Segment, kept: int) -> None:
+        """The pass is over and ``kept`` rows of the segment stay in the cache."""
+        state: State = segment.state
+        if not segment.decoding and segment.prefix <= state.exact:
+            state.exact = max(state.exact, segment.prefix + kept)
+
+    def describe(self) -> dict[str, Any]:
+        """Name and options, for reports."""
+        return {"policy": self.name}
+
+
+def dense(layer: Layer, q: Tensor, segment: Segment) -> Tensor:
+    """Attention over everything that the layer lets the rows see."""
+    start = 0 if layer.window is None else max(0, segment.prefix - layer.window + 1)
+    keys, values = segment.cache.read(layer.index, start, segment.length)
+    segment.bytes_read += keys.nbytes + values.nbytes
+    return kernels.attend(q, keys, values, layer.scale, segment.visible(layer.window, start), layer.softcap)
+
+
+def gathered(layer: Layer, q: Tensor, segment: Segment, index: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Attention over slots ``index [R, H_kv, B]`` alone, less those that a row may not see or ``valid`` excludes."""
+    keys, values = segment.cache.read(layer.index, 0, segment.length)
+    mask = segment.visible()
+    if mask is not None:
+        mask = mask[:, None, :].expand(-1, index.shape[1], -1).gather(2, index)
+    if valid is not None:
+        mask = valid if mask is None else mask & valid
+    segment.bytes_read += index.numel() * keys.shape[2] * (keys.element_size() + values.element_size())
+    return kernels.attend_gathered(q, keys, values, index, layer.scale, mask, layer.softcap)
+
+
+def pooled_scores(layer: Layer, q: Tensor, segment: Segment, pool: str, heads: str) -> Tensor:
+    """How much each row wants each slot, ``[R, H_kv, L]``: pooled over the query heads that share a KV head.
+
+    ``pool="mean"`` averages the heads' softmax probabilities (Kascade); ``"max"`` takes the largest logit.
+    ``heads="all"`` pools over every KV head too, so that all read the same slots (LessIsMore). Slots that a row may
+    not see score ``-inf``.
+    """
+    keys, _ = segment.cache.read(layer.index, 0, segment.length)
+    wanted = kernels.scores(q, keys, layer.scale, layer.softcap)
+    mask = segment.visible()
+    if mask is not None:
+        wanted = wanted.masked_fill(~mask[:, None, None, :], -torch.inf)
+    if pool == "mean":
+        wanted = wanted.softmax(-1)
+    join = torch.mean if pool == "mean" else torch.amax
+    pooled = join(wanted, dim=2)
+    if heads == "all":
+        pooled = join(pooled, dim=1, keepdim=True).expand_as(pooled).contiguous()
+    return pooled if mask is None else pooled.masked_fill(~mask[:, None, :], -torch.inf)
+
+
+def always_keep(ranking: Tensor, segment: Segment, sinks: int, recent: int) -> Tensor:
+    """Put the row itself, its ``recent`` newest tokens and the ``sinks`` oldest first, in this order, in ``ranking``.
+
+    ``ranking [R, ..., L]`` is written in place. A budget too small for all of them keeps the first of that order.
+    """
+    own = torch.tensor(segment.positions, device=ranking.device)
+    slots = torch.cat([torch.arange(segment.prefix, device=ranking.device), own])
+    seen = segment.visible()
+    age = own[:, None] - slots[None, :]
+    near, oldest = age < recent, (slots < sinks).expand_as(age)
+    itself = torch.arange(segment.length, device=ranking.device)[None] == (
+        segment.prefix + torch.arange(len(own), device=ranking.device)[:, None]
+    )
+    if seen is not None:
+        near, oldest = near & seen, oldest & seen
+    top = torch.finfo(ranking.dtype).max
+    for kept, value in ((oldest, top / 8), (near, top / 4), (itself, top)):
+        ranking.masked_fill_(kept.view(kept.shape[0], *[1] * (ranking.ndim - 2), kept.shape[1]), value)
+    return ranking
+
+
+def at_least(value: int, low: int, policy: str, name: str) -> None:
+    """Raise SpringtideError unless ``value >= low``."""
+    if value < low:
+        raise SpringtideError(f"{policy}: {name} is {value}, but it must be at least {low}.")

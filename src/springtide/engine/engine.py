@@ -1,0 +1,219 @@
+"""The engine that users hold: prompts in, text out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence as List
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from springtide.attention import parse_policy
+from springtide.attention.policy import Policy
+from springtide.drafting.drafter import Drafter, Undrafted
+from springtide.engine.loop import Loop
+from springtide.engine.sampling import Sampling
+from springtide.engine.scheduler import Scheduler
+from springtide.engine.sequence import FinishReason, Sequence, Stats
+from springtide.engine.stack import Stack
+from springtide.engine.text import Detokenizer
+from springtide.errors import SpringtideError
+
+Prompt = str | List[int]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What came of one prompt. ``token_ids`` end with the end-of-sequence token if it ended the output."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stats: Stats
+
+    def as_json(self) -> dict[str, Any]:
+        """The documented fields of ``generate --json``."""
+        stats = dataclasses.asdict(self.stats)
+        return {"text": self.text, "token_ids": self.token_ids, "finish_reason": self.finish_reason, **stats}
+
+
+class Engine:
+    """Generates with one model under one attention policy.
+
+    Args:
+        model: a Hugging Face causal model of a supported architecture; it is left as it is.
+        tokenizer: its tokenizer; None if prompts are token ids only.
+        policy: an attention policy, or its text form such as ``"tidal:budget=256"``.
+        drafter: proposes tokens to try; the output does not depend on it.
+        calibration: the content of the model's ``springtide.json``.
+
+    Raises SpringtideError for an unsupported architecture or a policy that does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        policy: Policy | str = "dense",
+        drafter: Drafter | None = None,
+        calibration: dict[str, Any] | None = None,
+    ) -> None:
+        self.stack = Stack(model, calibration)
+        self.tokenizer = tokenizer
+        self.drafter = drafter or Undrafted()
+        self.policy = self.resolve(policy)
+
+    def resolve(self, policy: Policy | str) -> Policy:
+        """The policy with everything that depends on the model filled in."""
+        return (parse_policy(policy) if isinstance(policy, str) else policy).resolve(self.stack.spec)
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """Tokens that end a sequence: the model's generation configuration, else the tokenizer's."""
+        ids = self.stack.model.generation_config.eos_token_id if self.stack.model.generation_config else None
+        if ids is None:
+            ids = getattr(self.tokenizer, "eos_token_id", None)
+        return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
+
+    @overload
+    def generate(self, prompts: str | List[int], **options: Any) -> Output: ...
+    @overload
+    def generate(self, prompts: List[str] | List[List[int]], **options: Any) -> list[Output]: ...
+    def generate(self, prompts: Any, **options: Any) -> Output | list[Output]:
+        """Complete one prompt (text or token ids) or a list of them, which run as one batch.
+
+        Options are the fields of :class:`springtide.Sampling`. Raises SpringtideError for an empty prompt, one
+        beyond the context limit, or a bad option.
+        """
+        sampling = Sampling.of(**options)
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        sequences = [self.start(self.encode(p), sampling) for p in ([prompts] if single else prompts)]
+        for _ in self.run(sequences):
+            pass
+        outputs = [self.output(sequence) for sequence in sequences]
+        return outputs[0] if single else outputs
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """Complete one prompt, yielding pieces of text as they come."""
+        sequence = self.start(self.encode(prompt), Sampling.of(**options))
+        return (piece for _, piece in self.run([sequence]) if piece)
+
+    def chat(self, messages: List[dict[str, str]], **options: Any) -> Output:
+        """Answer ``messages`` (``{"role": ..., "content": ...}``) in the model's chat template."""
+        return self.generate(self.render(messages), **options)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; ids pass through."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        return list(self._tokenizer().encode(prompt))
+
+    def render(self, messages: List[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation in the model's chat template."""
+        tokenizer = self._tokenizer()
+        if tokenizer.chat_template is None:
+            raise SpringtideError("The model's tokenizer has no chat template; use generate without --chat.")
+        ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return ids
+
+    def start(
+        self,
+        tokens: List[int],
+        sampling: Sampling,
+        *,
+        prefill: int | None = None,
+        reuse: Sequence | None = None,
+    ) -> Sequence:
+        """A sequence that will complete ``tokens``.
+
+        Args:
+            prefill: how many tokens are computed as a prompt; the rest is decoded like generated ones (default: all).
+            reuse: an earlier sequence whose cache is taken over as far as its tokens agree; it is not usable after.
+        """
+        limit, vocab = self.stack.spec.context_limit, self.stack.spec.vocab_size
+        if not tokens:
+            raise SpringtideError("The prompt is empty; give at least one token.")
+        if len(tokens) >= limit:
+            raise SpringtideError(
+                f"The prompt has {len(tokens)} tokens, but the model's context holds {limit}, "
+                "one of them to generate; shorten the prompt."
+            )
+        if min(tokens) < 0 or max(tokens) >= vocab:
+            raise SpringtideError(f"Token ids must be between 0 and {vocab - 1}.")
+        prefill = len(tokens) if prefill is None else prefill
+        if reuse is None:
+            cache, state = self.stack.new_cache(), self.policy.new_state()
+        else:
+            reuse.crop(_common_prefix(reuse.tokens, tokens[:-1]))
+            cache, state = reuse.cache, reuse.state
+        return Sequence(list(tokens), cache, state, sampling, prefill_end=prefill, output_start=len(tokens))
+
+    def run(self, sequences: List[Sequence]) -> Iterator[tuple[Sequence, str]]:
+        """Complete sequences in one batch, yielding each one's new text after every pass ("" without a tokenizer)."""
+        loop = Loop(self.stack, self.policy, self.drafter, self.eos)
+        scheduler = Scheduler()
+        texts = {id(s): Detokenizer(self.tokenizer, s.sampling.stop) for s in sequences}
+        for sequence in sequences:
+            if sequence.sampling.stop:
+                self._tokenizer()
+            scheduler.add(sequence)
+        while batch := scheduler.schedule():
+            for sequence, tokens in loop.step(batch):
+                piece = self._advance(sequence, tokens, texts[id(sequence)])
+                if sequence.finish_reason is not None:
+                    scheduler.retire(sequence)
+                yield sequence, piece
+
+    def output(self, sequence: Sequence) -> Output:
+        """The result of a sequence; one that has not finished counts as cancelled."""
+        return Output(sequence.text, sequence.output, sequence.finish_reason or "cancelled", sequence.stats())
+
+    def score(self, tokens: List[int], prefill: int) -> Tensor:
+        """Log-probability of each of ``tokens[prefill:]`` given those before it, fp32 ``[len(tokens) - prefill]``.
+
+        The first ``prefill`` tokens are computed as a prompt and the others through the decode path, as if they had
+        been generated.
+        """
+        sequence = self.start(tokens, Sampling(), prefill=prefill)
+        loop = Loop(self.stack, self.policy, Undrafted(), frozenset())
+        targets = torch.tensor(sequence.tokens, device=self.stack.device)
+        scores = torch.full((len(tokens),), torch.nan)
+        while sequence.cache.length < len(tokens) - 1:
+            segment, _ = loop.plan(sequence)
+            hidden = self.stack.forward([segment], self.policy)
+            first = max(segment.prefix, prefill - 1, sequence.cache.length)
+            last = min(segment.length, len(tokens) - 1)
+            if first < last:
+                logits = self.stack.logits(hidden[first - segment.prefix : last - segment.prefix])
+                chosen = targets[first + 1 : last + 1, None]
+                scores[first + 1 : last + 1] = logits.log_softmax(-1).gather(1, chosen)[:, 0].float().cpu()
+            segment.cache.commit(segment.prefix, list(range(len(segment.tokens))))
+            self.policy.commit(segment, len(segment.tokens))
+        return scores[prefill:]
+
+    def _advance(self, sequence: Sequence, tokens: list[int], text: Detokenizer) -> str:
+        """Turn new tokens into text and look for stop strings."""
+        if self.tokenizer is None:
+            return ""
+        piece = text.add(tokens)
+        if text.stopped:
+            sequence.finish_reason = "stop"
+        if sequence.finish_reason is not None:
+            piece += text.finish()
+        sequence.text = text.text
+        return piece
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise SpringtideError("The engine has no tokenizer: load one, or give token ids and no stop strings.")
+        return self.tokenizer
+
+
+def _common_prefix(a: List[int], b: List[int]) -> int:
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

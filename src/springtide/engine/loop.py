@@ -1,0 +1,134 @@
+"""The decoding loop: plan the rows, run them, keep what the target agrees with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from springtide.attention.policy import Policy
+from springtide.drafting.accept import Accepted, accept
+from springtide.drafting.drafter import Drafter, Undrafted
+from springtide.drafting.tree import TokenTree
+from springtide.engine.rows import Segment
+from springtide.engine.sequence import Sequence
+from springtide.engine.stack import Stack
+
+CHUNK = 512  # prompt rows in a pass
+GIVEN_ROWS = 64  # rows in a pass that decodes tokens which are known already
+
+
+@dataclass
+class Loop:
+    """Steps sequences forward under one policy and one drafter."""
+
+    stack: Stack
+    policy: Policy
+    drafter: Drafter
+    eos: frozenset[int]
+    chunk: int = CHUNK
+
+    def step(self, running: Iterable[Sequence]) -> list[tuple[Sequence, list[int]]]:
+        """One pass over ``running``; returns the tokens that each sequence gained, for those that gained any."""
+        sequences = list(running)
+        plans = [self.plan(sequence) for sequence in sequences]
+        segments = [segment for segment, _ in plans]
+        hidden = self.stack.forward(segments, self.policy)
+        gained, start = [], 0
+        for sequence, (segment, tree) in zip(sequences, plans, strict=True):
+            stop = start + len(segment.tokens)
+            tokens = self.commit(sequence, segment, tree, hidden[start:stop])
+            if tokens:
+                gained.append((sequence, tokens))
+            start = stop
+        return gained
+
+    def plan(self, sequence: Sequence) -> tuple[Segment, TokenTree | None]:
+        """The sequence's rows in the next pass, and the tree to choose from when they reach the last token.
+
+        A prompt is cut into chunks. A refresh runs from the first inexact token to the last one, as a prompt does.
+        Tokens that were given, but are to be decoded, go one at a time where the policy's answer depends on it.
+        """
+        cached, known = sequence.cache.length, len(sequence.tokens)
+        start = self.policy.resume(sequence.state, cached, sequence.prefilling)
+        if sequence.prefilling:
+            stop = min(start + self.chunk, sequence.prefill_end)
+            return self._chain(sequence, start, stop, decoding=False)
+        if start < cached:
+            return self._chain(sequence, start, cached + 1, decoding=False)
+        if cached < known - 1:
+            stop = min(start + self._given_rows(sequence), known - 1)
+            return self._chain(sequence, start, stop, decoding=True)
+        tree = self.drafter.propose(sequence.tokens).limited(self._depth(sequence))
+        segment = Segment(
+            sequence.cache, start, tree.tokens, tree.parents, True, sequence.state, device=self.stack.device
+        )
+        return segment, tree
+
+    def _chain(
+        self, sequence: Sequence, start: int, stop: int, *, decoding: bool
+    ) -> tuple[Segment, TokenTree | None]:
+        tokens = sequence.tokens[start:stop]
+        segment = Segment.chain(
+            sequence.cache, start, tokens, decoding=decoding, state=sequence.state, device=self.stack.device
+        )
+        return segment, TokenTree.single(tokens[-1]) if stop == len(sequence.tokens) else None
+
+    def _given_rows(self, sequence: Sequence) -> int:
+        if not self.policy.rows_independent:
+            return 1
+        headroom = self.policy.headroom(sequence.state, sequence.cache.length)
+        return GIVEN_ROWS if headroom is None else min(GIVEN_ROWS, headroom)
+
+    def _depth(self, sequence: Sequence) -> int:
+        """How deep a tree may be: no further than the next refresh, the request's end and the context limit."""
+        limits = [
+            sequence.output_start + sequence.sampling.max_tokens - len(sequence.tokens),
+            self.stack.spec.context_limit - len(sequence.tokens),
+        ]
+        headroom = self.policy.headroom(sequence.state, sequence.cache.length)
+        if headroom is not None:
+            limits.append(headroom)
+        return max(0, min(limits) - 1)
+
+    def commit(self, sequence: Sequence, segment: Segment, tree: TokenTree | None, hidden: Tensor) -> list[int]:
+        """Keep the accepted rows, forget the others, and append the new tokens, which are returned."""
+        if tree is None:
+            accepted = Accepted(path=list(range(len(segment.tokens))), tokens=[])
+        else:
+            rows = len(tree.tokens)
+            logits = self.stack.logits(hidden[-rows:])
+            accepted = accept(tree, logits, sequence.sampling, sequence.tokens)
+            before = len(segment.tokens) - rows
+            accepted = Accepted([*range(before), *(before + node for node in accepted.path)], accepted.tokens)
+        segment.cache.commit(segment.prefix, accepted.path)
+        self.policy.commit(segment, len(accepted.path))
+        return self._append(sequence, segment, accepted.tokens)
+
+    def _append(self, sequence: Sequence, segment: Segment, tokens: list[int]) -> list[int]:
+        """Append tokens up to an end of sequence or a limit; tokens cut off leave the cache too."""
+        now = time.perf_counter()
+        if tokens and sequence.output:
+            sequence.decode_bytes += segment.bytes_read
+        kept = []
+        for token in tokens:
+            kept.append(token)
+            sequence.tokens.append(token)
+            if token in self.eos and not sequence.sampling.ignore_eos:
+                sequence.finish_reason = "stop"
+            elif len(sequence.output) >= sequence.sampling.max_tokens:
+                sequence.finish_reason = "length"
+            elif len(sequence.tokens) >= self.stack.spec.context_limit:
+                sequence.finish_reason = "length"
+            if sequence.finish_reason is not None:
+                break
+        sequence.cache.crop(len(sequence.tokens) - 1)
+        if kept:
+            first = sequence.first_token is None
+            sequence.first_token = sequence.first_token or now
+            sequence.last_token = now
+            sequence.decoded += 0 if first else len(kept)
+        return kept

@@ -1,0 +1,86 @@
+"""One sequence that is being read or written, and what it knows of itself."""
+
+from __future__ import annotations
+
+import time
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from springtide.attention.policy import State
+from springtide.engine.cache import Cache
+from springtide.engine.sampling import Sampling
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass
+class Stats:
+    """Figures of one request.
+
+    ``ttft_ms``: from the request to its first token. ``tpot_ms``: mean time of a token after the first, None if there
+    is none. ``kv_bytes_per_token``: mean bytes of the KV cache read for a token after the prompt, None likewise.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    ttft_ms: float
+    tpot_ms: float | None
+    tokens_per_second: float | None
+    kv_bytes_per_token: float | None
+
+
+@dataclass
+class Sequence:
+    """Tokens, their cache and the policy's state: everything that is needed to go on, in one place.
+
+    ``tokens[:cache.length]`` are in the cache. Tokens before ``prefill_end`` are computed as a prompt; later ones, and
+    all generated ones, as decoding. ``output_start`` is where the present request's output begins.
+    """
+
+    tokens: list[int]
+    cache: Cache
+    state: State
+    sampling: Sampling
+    prefill_end: int
+    output_start: int
+    finish_reason: FinishReason | None = None
+    text: str = ""
+    started: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    last_token: float | None = None
+    decode_bytes: int = 0
+    decoded: int = 0
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.output_start :]
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether prompt tokens are still to be computed."""
+        return self.cache.length < self.prefill_end
+
+    def fork(self) -> Sequence:
+        """An independent sequence that goes on from the same tokens."""
+        return replace(self, tokens=list(self.tokens), cache=self.cache.fork(), state=copy(self.state))
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from position ``length`` on."""
+        del self.tokens[length:]
+        self.cache.crop(length)
+        self.state.exact = min(self.state.exact, length)
+
+    def stats(self) -> Stats:
+        """Figures up to now."""
+        count = len(self.output)
+        first, last = self.first_token or self.started, self.last_token or self.started
+        tpot = (last - first) / (count - 1) if count > 1 else None
+        return Stats(
+            prompt_tokens=self.output_start,
+            completion_tokens=count,
+            ttft_ms=1e3 * (first - self.started),
+            tpot_ms=None if tpot is None else 1e3 * tpot,
+            tokens_per_second=1 / tpot if tpot else None,
+            kv_bytes_per_token=self.decode_bytes / self.decoded if self.decoded else None,
+        )

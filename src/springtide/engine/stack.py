@@ -1,0 +1,162 @@
+"""A Hugging Face causal model as a stack of layers that rows run through, enterable at any layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_utils import AttentionInterface
+
+from springtide.attention.policy import Layer, Policy
+from springtide.engine.cache import Cache
+from springtide.engine.rows import Segment
+from springtide.engine.spec import ModelSpec
+from springtide.errors import SpringtideError
+
+ATTENTION = "springtide"
+
+SUPPORTED = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3-MoE",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "phi3": "Phi-3",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3",
+    "granite": "Granite",
+    "smollm3": "SmolLM3",
+    "olmo2": "OLMo 2",
+    "glm4": "GLM-4",
+    "cohere2": "Cohere 2",
+    "starcoder2": "Starcoder 2",
+}
+
+
+def check_supported(model_type: str) -> None:
+    """Raise SpringtideError, with the list of supported architectures, unless ``model_type`` is among them."""
+    if model_type not in SUPPORTED:
+        raise SpringtideError(
+            f"Architecture '{model_type}' is not supported; supported are {', '.join(SUPPORTED.values())}."
+        )
+
+
+@dataclass
+class Pass:
+    """One forward pass: segments side by side, and the policy that attends."""
+
+    segments: Sequence[Segment]
+    policy: Policy
+
+
+class Stack:
+    """Runs rows through the layers of a model, whose weights and configuration it leaves as they are."""
+
+    def __init__(self, model: PreTrainedModel, calibration: dict[str, Any] | None = None) -> None:
+        check_supported(model.config.model_type)
+        self.model = model.eval()
+        self.spec = ModelSpec.of(model.config, calibration)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def new_cache(self) -> Cache:
+        return Cache(self.spec.num_layers)
+
+    @torch.inference_mode()
+    def forward(self, segments: Sequence[Segment], policy: Policy) -> Tensor:
+        """Final hidden states ``[R, hidden]`` of all rows, whose keys and values are written to their caches."""
+        ids = torch.tensor([token for s in segments for token in s.tokens], device=self.device)
+        return self.run(self.embed(ids), segments, policy, 0, self.spec.num_layers)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input of layer 0, ``[R, hidden]``, for tokens ``ids [R]``."""
+        hidden: Tensor = self.model.model.embed_tokens(ids)
+        return hidden * getattr(self.model.config, "embedding_multiplier", 1.0)
+
+    def run(self, hidden: Tensor, segments: Sequence[Segment], policy: Policy, start: int, stop: int) -> Tensor:
+        """Take ``hidden [R, hidden]``, the input of layer ``start``, through layers ``start .. stop - 1``."""
+        hidden = hidden[None]
+        step = Pass(segments, policy)
+        rotary = self._rotary(hidden, segments)
+        with self._own_attention():
+            for index in range(start, stop):
+                layer = self.model.model.layers[index]
+                embeddings = rotary[self._kind(index)] if isinstance(rotary, dict) else rotary
+                hidden = layer(hidden, attention_mask=None, position_embeddings=embeddings, springtide=step)
+        return hidden[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits ``[R, V]``, fp32 or wider, from the output of the last layer."""
+        config = self.model.config
+        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
+        logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _rotary(self, hidden: Tensor, segments: Sequence[Segment]) -> Any:
+        """Cosines and sines of the rows' positions; one pair a layer type where the types differ (Gemma 3)."""
+        positions = [torch.tensor([s.positions], device=self.device) for s in segments]
+        config, rotary = self.model.config, self.model.model.rotary_emb
+        if config.model_type == "gemma3_text":
+            return {kind: rotary(hidden, torch.cat(positions, 1), kind) for kind in set(config.layer_types)}
+        if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):
+            # Frequencies depend on the longest position, so that one sequence must not change its neighbour's.
+            parts = [rotary(hidden, own) for own in positions]
+            return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
+        return rotary(hidden, torch.cat(positions, 1))
+
+    def _kind(self, index: int) -> str:
+        kind: str = self.model.config.layer_types[index]
+        return kind
+
+    @contextmanager
+    def _own_attention(self) -> Iterator[None]:
+        """Route the layers' attention to :func:`attention` while a pass runs, so that the model stays the user's."""
+        config = self.model.config
+        before = config._attn_implementation
+        config._attn_implementation = ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    springtide: Pass,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in place of its own attention: ``query [1, H, R, D]``, ``key, value [1, H_kv, R, D]``.
+
+    Writes each segment's keys and values to its cache and lets the policy attend; returns ``[1, R, H, D]``.
+    """
+    layer = Layer(module.layer_idx, scaling, softcap, sliding_window)
+    outputs, start = [], 0
+    for segment in springtide.segments:
+        stop = start + len(segment.tokens)
+        segment.cache.write(layer.index, segment.prefix, key[0, :, start:stop], value[0, :, start:stop])
+        outputs.append(springtide.policy.attend(layer, query[0, :, start:stop].transpose(0, 1), segment))
+        start = stop
+    return torch.cat(outputs)[None], None
+
+
+AttentionInterface.register(ATTENTION, attention)

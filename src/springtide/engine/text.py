@@ -1,0 +1,61 @@
+"""From tokens to text, as they come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+UNFINISHED = "\ufffd"  # what a decoder shows for a character whose bytes have not all come
+
+
+@dataclass
+class Detokenizer:
+    """Turns a growing list of tokens into text; holds back half characters and what may become a stop string.
+
+    ``text`` is all that is final; ``stopped`` tells that a stop string was met, which is not part of ``text``.
+    """
+
+    tokenizer: Any
+    stop: tuple[str, ...] = ()
+    text: str = ""
+    stopped: bool = False
+    _tokens: list[int] = field(default_factory=list)
+    _done: int = 0  # tokens whose text is in _seen
+    _context: int = 0  # tokens that are decoded again, so that spaces between words come out right
+    _seen: str = ""
+
+    def add(self, tokens: list[int]) -> str:
+        """Take new tokens; returns the text that has become final."""
+        self._tokens += tokens
+        before = self._decode(self._context, self._done)
+        after = self._decode(self._context, len(self._tokens))
+        if len(after) > len(before) and not after.endswith(UNFINISHED):
+            self._seen += after[len(before) :]
+            self._context, self._done = self._done, len(self._tokens)
+        return self._release(len(self._seen) - self._held())
+
+    def finish(self) -> str:
+        """No more tokens will come: returns the text held back."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._context, self._done)
+        self._seen += self._decode(self._context, len(self._tokens))[len(before) :]
+        self._done = len(self._tokens)
+        return self._release(len(self._seen))
+
+    def _release(self, end: int) -> str:
+        met = [at for at in (self._seen.find(stop, len(self.text)) for stop in self.stop) if at >= 0]
+        if met:
+            self.stopped, end = True, min(met)
+        piece = self._seen[len(self.text) : end]
+        self.text += piece
+        return piece
+
+    def _held(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        lengths = (n for stop in self.stop for n in range(len(stop) - 1, 0, -1) if self._seen.endswith(stop[:n]))
+        return max(lengths, default=0)
+
+    def _decode(self, start: int, stop: int) -> str:
+        text: str = self.tokenizer.decode(self._tokens[start:stop], skip_special_tokens=True)
+        return text
