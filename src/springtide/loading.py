@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ def load(
     policy: Policy | str = "dense",
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    calibrated: bool = True,
 ) -> Engine:
     """An engine for a model.
 
@@ -34,6 +36,7 @@ def load(
         policy: attention policy, see :func:`springtide.attention.parse_policy`.
         device: where to run (default: the first GPU if there is one, else CPU; a loaded model stays where it is).
         dtype: of weights and cache, e.g. ``"float32"`` (default: the checkpoint's).
+        calibrated: use the folder's ``springtide.json`` if there is one.
 
     Raises:
         SpringtideError: no such folder, incomplete or broken weights, unsupported architecture, bad policy.
@@ -41,13 +44,14 @@ def load(
     if isinstance(model, PreTrainedModel):
         if isinstance(tokenizer, (str, Path)):
             tokenizer = _load_tokenizer(Path(tokenizer))
-        return Engine(model.to(device) if device is not None else model, tokenizer, policy)  # type: ignore[arg-type]
+        return Engine(model.to(device) if device is not None else model, tokenizer, policy)
     folder = find_model(model)
     loaded = _load_weights(folder, as_dtype(dtype))
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = _load_tokenizer(Path(tokenizer) if tokenizer else folder)
     place = as_device(device)
-    return Engine(loaded.to(place), tokenizer, policy, calibration=read_calibration(folder))  # type: ignore[arg-type]
+    calibration = read_calibration(folder) if calibrated else None
+    return Engine(loaded.to(place), tokenizer, policy, calibration=calibration)
 
 
 def find_model(name: str | Path) -> Path:
@@ -94,7 +98,8 @@ def _load_weights(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
         check_supported(kind)
         raise SpringtideError(f"'{folder / 'config.json'}' cannot be read: {_first_line(error)}") from None
     check_supported(config.model_type)
-    transformers_logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
@@ -114,7 +119,7 @@ def _load_weights(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter.detach().abs().max()):
             raise SpringtideError(f"Tensor '{name}' in '{folder}' holds NaN or infinite values; get sound weights.")
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _check_files(folder: Path) -> None:

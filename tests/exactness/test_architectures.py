@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, random_tokens, tiny
 
 from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
 from springtide.engine.sampling import Sampling
+from tiny import ARCHITECTURES, random_tokens, tiny
 
 GREEDY = {"max_tokens": 64}
 PROMPT = random_tokens(37)
@@ -57,9 +57,7 @@ def test_ragged_batch_equals_each_alone(name):
     engine = Engine(tiny(name))
     prompts = [random_tokens(length, seed=length) for length in (1, 5, 18, 33, 64)]
     batch = engine.generate(prompts, max_tokens=24)
-    assert [out.token_ids for out in batch] == [
-        engine.generate(prompt, max_tokens=24).token_ids for prompt in prompts
-    ]
+    assert [out.token_ids for out in batch] == [engine.generate(prompt, max_tokens=24).token_ids for prompt in prompts]
 
 
 @every_architecture

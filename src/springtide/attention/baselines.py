@@ -103,8 +103,7 @@ class Quest(_Sparse):
         keys, _ = segment.cache.read(layer.index, 0, segment.length)
         low, high = page_bounds(keys, self.page)
         segment.bytes_read += low.nbytes + high.nbytes
-        rows, kv_heads, pages = q.shape[0], keys.shape[0], low.shape[1]
-        grouped = q.view(rows, kv_heads, -1, q.shape[2])
+        grouped = q.view(q.shape[0], keys.shape[0], -1, q.shape[2])
         bound = torch.einsum("rkgd,kpd->rkgp", grouped.clamp(min=0), high)
         bound += torch.einsum("rkgd,kpd->rkgp", grouped.clamp(max=0), low)
         ranking = bound.amax(2) if self.pool == "max" else bound.float().softmax(-1).mean(2)

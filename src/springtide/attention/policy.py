@@ -54,9 +54,9 @@ class Policy:
         """Check the options against a model and fill in those that depend on it; raises SpringtideError."""
         return self
 
-    def new_state(self) -> State:
-        """State of a sequence before its first token."""
-        return State()
+    def new_state(self, exact: int) -> State:
+        """State of a sequence whose first ``exact`` tokens are in the cache as a dense pass writes them."""
+        return State(exact)
 
     def resume(self, state: State, length: int, prefilling: bool) -> int:
         """The first position that the next pass computes: ``length`` (tokens in the cache), or less for a refresh."""
@@ -97,6 +97,8 @@ def gathered(layer: Layer, q: Tensor, segment: Segment, index: Tensor, valid: Te
         mask = mask[:, None, :].expand(-1, index.shape[1], -1).gather(2, index)
     if valid is not None:
         mask = valid if mask is None else mask & valid
+    if segment.meter is not None:
+        segment.meter(layer, q, segment, index, torch.ones_like(index, dtype=torch.bool) if mask is None else mask)
     segment.bytes_read += index.numel() * keys.shape[2] * (keys.element_size() + values.element_size())
     return kernels.attend_gathered(q, keys, values, index, layer.scale, mask, layer.softcap)
 

@@ -131,8 +131,8 @@ class Tidal(Policy):
                 "so it must be listed in full."
             )
 
-    def new_state(self) -> TidalState:
-        return TidalState()
+    def new_state(self, exact: int) -> TidalState:
+        return TidalState(exact)
 
     def resume(self, state: State, length: int, prefilling: bool) -> int:
         if self.correct is None:

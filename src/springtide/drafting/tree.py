@@ -9,7 +9,7 @@ from springtide.engine.rows import PREFIX
 
 @dataclass(frozen=True)
 class TokenTree:
-    """``tokens[i]`` follows ``tokens[parents[i]]``. Node 0 is the last committed token; parents come before children."""
+    """``tokens[i]`` follows ``tokens[parents[i]]``. Node 0 is the last committed token; parents come first."""
 
     tokens: list[int]
     parents: list[int]

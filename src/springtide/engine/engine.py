@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence as List
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as List
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -50,6 +52,9 @@ class Engine:
         drafter: proposes tokens to try; the output does not depend on it.
         calibration: the content of the model's ``springtide.json``.
 
+    Attributes:
+        eos: tokens that end a sequence: the model's generation configuration's, else the tokenizer's.
+
     Raises SpringtideError for an unsupported architecture or a policy that does not fit the model.
     """
 
@@ -65,18 +70,17 @@ class Engine:
         self.tokenizer = tokenizer
         self.drafter = drafter or Undrafted()
         self.policy = self.resolve(policy)
+        self.eos = _eos(model, tokenizer)
 
     def resolve(self, policy: Policy | str) -> Policy:
         """The policy with everything that depends on the model filled in."""
         return (parse_policy(policy) if isinstance(policy, str) else policy).resolve(self.stack.spec)
 
-    @property
-    def eos(self) -> frozenset[int]:
-        """Tokens that end a sequence: the model's generation configuration, else the tokenizer's."""
-        ids = self.stack.model.generation_config.eos_token_id if self.stack.model.generation_config else None
-        if ids is None:
-            ids = getattr(self.tokenizer, "eos_token_id", None)
-        return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    def using(self, policy: Policy | str) -> Engine:
+        """The same model under another policy."""
+        other = copy(self)
+        other.policy = self.resolve(policy)
+        return other
 
     @overload
     def generate(self, prompts: str | List[int], **options: Any) -> Output: ...
@@ -145,14 +149,18 @@ class Engine:
             raise SpringtideError(f"Token ids must be between 0 and {vocab - 1}.")
         prefill = len(tokens) if prefill is None else prefill
         if reuse is None:
-            cache, state = self.stack.new_cache(), self.policy.new_state()
+            cache, state = self.stack.new_cache(), self.policy.new_state(exact=0)
         else:
-            reuse.crop(_common_prefix(reuse.tokens, tokens[:-1]))
-            cache, state = reuse.cache, reuse.state
+            reuse.cache.crop(_common_prefix(reuse.tokens, tokens[:-1]))
+            cache = reuse.cache
+            state = self.policy.new_state(exact=min(reuse.state.exact, cache.length))
         return Sequence(list(tokens), cache, state, sampling, prefill_end=prefill, output_start=len(tokens))
 
     def run(self, sequences: List[Sequence]) -> Iterator[tuple[Sequence, str]]:
-        """Complete sequences in one batch, yielding each one's new text after every pass ("" without a tokenizer)."""
+        """Complete sequences in one batch, yielding each one's new text after every pass that it is part of.
+
+        The text is empty while the prompt is read, and always without a tokenizer.
+        """
         loop = Loop(self.stack, self.policy, self.drafter, self.eos)
         scheduler = Scheduler()
         texts = {id(s): Detokenizer(self.tokenizer, s.sampling.stop) for s in sequences}
@@ -162,7 +170,7 @@ class Engine:
             scheduler.add(sequence)
         while batch := scheduler.schedule():
             for sequence, tokens in loop.step(batch):
-                piece = self._advance(sequence, tokens, texts[id(sequence)])
+                piece = self._advance(sequence, tokens, texts[id(sequence)]) if tokens else ""
                 if sequence.finish_reason is not None:
                     scheduler.retire(sequence)
                 yield sequence, piece
@@ -171,28 +179,45 @@ class Engine:
         """The result of a sequence; one that has not finished counts as cancelled."""
         return Output(sequence.text, sequence.output, sequence.finish_reason or "cancelled", sequence.stats())
 
-    def score(self, tokens: List[int], prefill: int) -> Tensor:
+    def score(self, tokens: List[int], prefill: int, reuse: Sequence | None = None) -> Tensor:
         """Log-probability of each of ``tokens[prefill:]`` given those before it, fp32 ``[len(tokens) - prefill]``.
 
-        The first ``prefill`` tokens are computed as a prompt and the others through the decode path, as if they had
-        been generated.
+        See :meth:`predictions`.
         """
-        sequence = self.start(tokens, Sampling(), prefill=prefill)
+        scores, start = [], prefill
+        for logits in self.predictions(tokens, prefill, reuse):
+            targets = torch.tensor(tokens[start : start + len(logits)], device=logits.device)
+            scores.append(logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].float().cpu())
+            start += len(logits)
+        return torch.cat(scores)
+
+    def predictions(
+        self,
+        tokens: List[int],
+        prefill: int,
+        reuse: Sequence | None = None,
+        meter: Callable[..., None] | None = None,
+    ) -> Iterator[Tensor]:
+        """Logits ``[n, V]`` for each of ``tokens[prefill:]`` given those before it, a few rows at a time.
+
+        The first ``prefill`` tokens (at least one) are computed as a prompt and the others through the decode path,
+        as if they had been generated. ``reuse``: see :meth:`start`. ``meter`` is called with every sparse read.
+        """
+        sequence = self.start(tokens, Sampling(), prefill=prefill, reuse=reuse)
         loop = Loop(self.stack, self.policy, Undrafted(), frozenset())
-        targets = torch.tensor(sequence.tokens, device=self.stack.device)
-        scores = torch.full((len(tokens),), torch.nan)
-        while sequence.cache.length < len(tokens) - 1:
+        done = prefill
+        # The last prompt row predicts the first token, so it is computed even when it is in the cache.
+        sequence.cache.crop(prefill - 1)
+        while done < len(tokens):
             segment, _ = loop.plan(sequence)
+            segment.meter = meter
             hidden = self.stack.forward([segment], self.policy)
-            first = max(segment.prefix, prefill - 1, sequence.cache.length)
-            last = min(segment.length, len(tokens) - 1)
+            first, last = done - 1 - segment.prefix, min(segment.length, len(tokens) - 1) - segment.prefix
             if first < last:
-                logits = self.stack.logits(hidden[first - segment.prefix : last - segment.prefix])
-                chosen = targets[first + 1 : last + 1, None]
-                scores[first + 1 : last + 1] = logits.log_softmax(-1).gather(1, chosen)[:, 0].float().cpu()
+                yield self.stack.logits(hidden[first:last])
+                done += last - first
             segment.cache.commit(segment.prefix, list(range(len(segment.tokens))))
             self.policy.commit(segment, len(segment.tokens))
-        return scores[prefill:]
 
     def _advance(self, sequence: Sequence, tokens: list[int], text: Detokenizer) -> str:
         """Turn new tokens into text and look for stop strings."""
@@ -210,6 +235,13 @@ class Engine:
         if self.tokenizer is None:
             raise SpringtideError("The engine has no tokenizer: load one, or give token ids and no stop strings.")
         return self.tokenizer
+
+
+def _eos(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    ids = model.generation_config.eos_token_id if model.generation_config else None
+    if ids is None:
+        ids = getattr(tokenizer, "eos_token_id", None)
+    return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
 
 
 def _common_prefix(a: List[int], b: List[int]) -> int:

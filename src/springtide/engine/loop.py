@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from springtide.attention.policy import Policy
 from springtide.drafting.accept import Accepted, accept
-from springtide.drafting.drafter import Drafter, Undrafted
+from springtide.drafting.drafter import Drafter
 from springtide.drafting.tree import TokenTree
 from springtide.engine.rows import Segment
 from springtide.engine.sequence import Sequence
@@ -32,7 +31,7 @@ class Loop:
     chunk: int = CHUNK
 
     def step(self, running: Iterable[Sequence]) -> list[tuple[Sequence, list[int]]]:
-        """One pass over ``running``; returns the tokens that each sequence gained, for those that gained any."""
+        """One pass over ``running``; returns the tokens that each sequence gained."""
         sequences = list(running)
         plans = [self.plan(sequence) for sequence in sequences]
         segments = [segment for segment, _ in plans]
@@ -40,9 +39,7 @@ class Loop:
         gained, start = [], 0
         for sequence, (segment, tree) in zip(sequences, plans, strict=True):
             stop = start + len(segment.tokens)
-            tokens = self.commit(sequence, segment, tree, hidden[start:stop])
-            if tokens:
-                gained.append((sequence, tokens))
+            gained.append((sequence, self.commit(sequence, segment, tree, hidden[start:stop])))
             start = stop
         return gained
 
@@ -68,9 +65,7 @@ class Loop:
         )
         return segment, tree
 
-    def _chain(
-        self, sequence: Sequence, start: int, stop: int, *, decoding: bool
-    ) -> tuple[Segment, TokenTree | None]:
+    def _chain(self, sequence: Sequence, start: int, stop: int, *, decoding: bool) -> tuple[Segment, TokenTree | None]:
         tokens = sequence.tokens[start:stop]
         segment = Segment.chain(
             sequence.cache, start, tokens, decoding=decoding, state=sequence.state, device=self.stack.device
@@ -110,7 +105,7 @@ class Loop:
 
     def _append(self, sequence: Sequence, segment: Segment, tokens: list[int]) -> list[int]:
         """Append tokens up to an end of sequence or a limit; tokens cut off leave the cache too."""
-        now = time.perf_counter()
+        now, limit = time.perf_counter(), self.stack.spec.context_limit
         if tokens and sequence.output:
             sequence.decode_bytes += segment.bytes_read
         kept = []
@@ -119,9 +114,7 @@ class Loop:
             sequence.tokens.append(token)
             if token in self.eos and not sequence.sampling.ignore_eos:
                 sequence.finish_reason = "stop"
-            elif len(sequence.output) >= sequence.sampling.max_tokens:
-                sequence.finish_reason = "length"
-            elif len(sequence.tokens) >= self.stack.spec.context_limit:
+            elif len(sequence.output) >= sequence.sampling.max_tokens or len(sequence.tokens) >= limit:
                 sequence.finish_reason = "length"
             if sequence.finish_reason is not None:
                 break

@@ -6,7 +6,7 @@ rows whose parents form a tree, and a refresh is a chain at positions that are i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,8 @@ class Segment:
 
     Every row sees the ``prefix`` first tokens of the cache, its ancestors among the rows, and itself. Row ``i`` is
     written to slot ``prefix + i`` of the cache. ``decoding`` is false for rows of a prompt or a refresh: a policy that
-    approximates decoding alone computes those densely. ``state`` is the policy's own, one per sequence.
+    approximates decoding alone computes those densely. ``state`` is the policy's own, one per sequence. ``bytes_read``
+    counts what the policy reads of the cache; ``meter``, if any, is called with every sparse read.
     """
 
     cache: Cache
@@ -35,8 +36,10 @@ class Segment:
     state: Any
     bytes_read: int = 0
     device: torch.device | str = "cpu"
+    meter: Callable[..., None] | None = None
     depths: list[int] = field(init=False)
     is_chain: bool = field(init=False)
+    _masks: dict[tuple[int | None, int], Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.depths = []
@@ -69,8 +72,12 @@ class Segment:
         """
         if len(self.tokens) == 1 and (window is None or self.length - start <= window):
             return None
-        count, width = len(self.tokens), self.length - start
-        mask = torch.ones(count, width, dtype=torch.bool, device=self.device)
+        if (window, start) not in self._masks:
+            self._masks[window, start] = self._mask(window, start)
+        return self._masks[window, start]
+
+    def _mask(self, window: int | None, start: int) -> Tensor:
+        mask = torch.ones(len(self.tokens), self.length - start, dtype=torch.bool, device=self.device)
         mask[:, self.prefix - start :] = self._ancestors
         if window is not None:
             own = torch.tensor(self.positions, device=self.device)

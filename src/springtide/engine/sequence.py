@@ -65,12 +65,6 @@ class Sequence:
         """An independent sequence that goes on from the same tokens."""
         return replace(self, tokens=list(self.tokens), cache=self.cache.fork(), state=copy(self.state))
 
-    def crop(self, length: int) -> None:
-        """Forget the tokens from position ``length`` on."""
-        del self.tokens[length:]
-        self.cache.crop(length)
-        self.state.exact = min(self.state.exact, length)
-
     def stats(self) -> Stats:
         """Figures up to now."""
         count = len(self.output)

@@ -41,6 +41,6 @@ class ModelSpec:
 def _windows(config: PretrainedConfig) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
     if window is None or getattr(config, "use_sliding_window", True) is False:
-        return (None,) * config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+        return (None,) * int(config.num_hidden_layers)
+    kinds: list[str] = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)

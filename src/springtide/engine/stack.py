@@ -65,7 +65,8 @@ class Stack:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     def new_cache(self) -> Cache:
         return Cache(self.spec.num_layers)

@@ -1,0 +1,504 @@
+"""The command line. Heavy imports are inside the verbs, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from springtide.errors import SpringtideError
+
+if TYPE_CHECKING:
+    from springtide.attention.policy import Policy
+    from springtide.engine.engine import Engine
+
+T = TypeVar("T")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fast long-context decoding of Hugging Face models.")
+train_app = typer.Typer(no_args_is_help=True, help="Train models and drafters.")
+eval_app = typer.Typer(no_args_is_help=True, help="Measure quality.")
+app.add_typer(train_app, name="train")
+app.add_typer(eval_app, name="eval")
+
+Model = Annotated[str, typer.Option(help="Model folder, or 'pocket' for the bundled model.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 (default: the checkpoint's).")]
+PolicyText = Annotated[
+    str, typer.Option("--policy", help="dense, tidal, quest, streaming, oracle; NAME:OPTION=VALUE,...")
+]
+Policies = Annotated[
+    str, typer.Option("--policy", help="Comma list of policies, each as NAME or NAME:OPTION=VALUE,...")
+]
+Budget = Annotated[int | None, typer.Option(help="Tokens that a sparse layer reads per KV head.")]
+Budgets = Annotated[str | None, typer.Option("--budget", help="Comma list of budgets (tokens per KV head).")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw them as PNG.")]
+Text = Annotated[Path | None, typer.Option("--text", help="UTF-8 text file (default: the bundled held-out excerpt).")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.")]
+TopP = Annotated[float, typer.Option(help="Sample among the tokens that hold this probability.")]
+TopK = Annotated[int, typer.Option(help="Sample among this many tokens (0: all).")]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the most probable one.")]
+Penalty = Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' or nothing reads standard input.")] = None,
+    model: Model = "pocket",
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this UTF-8 file.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    policy: PolicyText = "dense",
+    budget: Budget = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print timing and cache traffic to standard error.")] = False,
+    json_file: Json = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Complete a prompt and print the text as it comes."""
+    from springtide.engine.sampling import Sampling
+    from springtide.evaluation.report import check_target, write_json
+
+    check_target(json_file)
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ()))
+    chosen = _policy(policy, budget)
+    text = _prompt(prompt, prompt_file)
+    engine = _load(model, device, dtype).using(chosen)
+    tokens = engine.render([{"role": "user", "content": text}]) if chat else engine.encode(text)
+    sequence = engine.start(tokens, sampling)
+    interrupted = False
+    try:
+        _print_pieces(engine, sequence)
+    except KeyboardInterrupt:
+        interrupted = True
+    print(flush=True)
+    output = engine.output(sequence)
+    if stats:
+        print(_stats_line(output.stats), file=sys.stderr)
+    if json_file:
+        write_json(json_file, output.as_json())
+    if interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def chat(
+    model: Model = "pocket",
+    system: Annotated[str | None, typer.Option(help="System message, or '@FILE' to read it from a file.")] = None,
+    policy: PolicyText = "dense",
+    budget: Budget = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Talk with the model; the cache is kept between turns. /reset starts anew, /exit or Ctrl-D ends."""
+    from springtide.engine.sampling import Sampling
+
+    sampling = Sampling(max_tokens, temperature, top_p, seed=seed)
+    engine = _load(model, device, dtype).using(_policy(policy, budget))
+    if system and system.startswith("@"):
+        system = _read(Path(system[1:]))
+    opening = [{"role": "system", "content": system}] if system else []
+    messages, sequence = list(opening), None
+    while (line := _ask_user()) not in (None, "/exit"):
+        if line == "/reset":
+            messages, sequence = list(opening), None
+        if not line or line == "/reset":
+            continue
+        tokens = engine.render([*messages, {"role": "user", "content": line}])
+        sequence = engine.start(tokens, sampling, reuse=sequence)
+        try:
+            _print_pieces(engine, sequence)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        print(flush=True)
+        messages += [{"role": "user", "content": line}, {"role": "assistant", "content": sequence.text}]
+
+
+@app.command()
+def demo(json_file: Json = None) -> None:
+    """The bundled model reads a book with facts hidden in it and answers, with dense attention and TidalDecode."""
+    from springtide.evaluation.demo import demo as run
+    from springtide.evaluation.report import check_target, write_json
+
+    check_target(json_file)
+    result = run(_load("pocket", None, None), _excerpt())
+    if json_file:
+        write_json(json_file, result)
+
+
+@app.command()
+def calibrate(
+    model: Model = "pocket",
+    dense_layers: Annotated[int | None, typer.Option(help="Full and selecting layers (default: a third).")] = None,
+    budget: Annotated[int, typer.Option(help="Tokens that a sparse layer reads per KV head.")] = 128,
+    length: Annotated[int, typer.Option(help="Context length to calibrate at, tokens.")] = 4096,
+    prompts: Annotated[int, typer.Option(min=1, help="Texts and question sets to measure on.")] = 4,
+    trials: Annotated[int, typer.Option(min=1, help="Layouts to measure.")] = 64,
+    text: Text = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for springtide.json and the heat map (default: the model's).")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Choose TidalDecode's full and selecting layers for a model and write springtide.json beside it."""
+    from springtide.attention.tidal import Tidal
+    from springtide.evaluation import calibrate as calibration
+    from springtide.evaluation.report import check_target, plot_heat, print_table
+    from springtide.loading import find_model
+
+    folder = out or find_model(model)
+    check_target(folder / "springtide.json")
+    engine = _load(model, device, dtype, calibrated=False)
+    layers = engine.stack.spec.global_layers
+    dense_layers = max(1, len(layers) // 3) if dense_layers is None else dense_layers
+    tidal = Tidal(budget=budget)
+    found = _last(
+        calibration.calibrate(
+            engine, _text(text), dense_layers=dense_layers, tidal=tidal, length=length, prompts=prompts, trials=trials
+        ),
+        calibration.steps(prompts, trials),
+        "calibrating",
+    )
+    path = calibration.write(found.as_json(tidal, length), folder)
+    plot_heat(folder / "springtide.png", found.kept, found.layers, found.layout.select)
+    print_table(
+        [
+            {"full": _plus(x.full), "select": _plus(x.select), "mass lost": x.lost, "KL to dense": kl}
+            for x, kl in found.measured[:5]
+        ]
+    )
+    print(f"Wrote the first of these to {path}.")
+
+
+@train_app.command("pocket")
+def train_pocket(
+    corpus: Annotated[Path, typer.Option(help="Folder of .txt files.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model, its checkpoint and its log.")] = Path("pocket"),
+    minutes: Annotated[float, typer.Option(help="Training time.")] = 95,
+    hold_out: Annotated[
+        list[str] | None, typer.Option(help="File name to keep out of training; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of initial weights and data.")] = 0,
+) -> None:
+    """Train the pocket model from books; the same command goes on where an earlier one stopped."""
+    from springtide.training import pocket
+
+    try:
+        pocket.train_pocket(corpus, out, minutes=minutes, hold_out=hold_out or pocket.HOLD_OUT, seed=seed)
+    except KeyboardInterrupt:
+        print(f"\nStopped; the same command goes on from {out / 'checkpoint.pt'}.", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@eval_app.command()
+def needle(
+    model: Model = "pocket",
+    length: Annotated[str, typer.Option(help="Comma list of context lengths, tokens.")] = "4096",
+    trials: Annotated[
+        int, typer.Option(min=1, help="Questions in a cell, that is a policy, budget, length and depth.")
+    ] = 50,
+    policy: Policies = "dense,tidal",
+    budget: Budgets = None,
+    text: Text = None,
+    seed: Annotated[int, typer.Option(help="Seed of facts and places.")] = 0,
+    json_file: Json = None,
+    plot: Plot = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Exact match of 5-digit answers, decoded token by token, about facts hidden in a book."""
+    from springtide.evaluation.needle import Haystack, overall
+    from springtide.evaluation.needle import needle as run
+    from springtide.evaluation.report import check_target, plot_lines, print_table, write_json
+
+    check_target(json_file, plot)
+    lengths = _numbers(length, "--length")
+    engine = _load(model, device, dtype)
+    policies = _policies(engine, policy, budget)
+    haystack = Haystack(engine.tokenizer, _text(text), seed)
+    cells = [
+        c for c in _progress(run(engine, haystack, policies, lengths, trials), len(lengths) * trials, "needle") if c
+    ]
+    if json_file:
+        write_json(json_file, [asdict(cell) for cell in cells])
+    rows = overall(cells)
+    print_table(rows)
+    if plot:
+        plot_lines(
+            plot,
+            _series(rows, "budget", "exact_match", lengths),
+            x="budget (tokens per KV head)",
+            y="exact match",
+            log_x=True,
+        )
+
+
+@eval_app.command()
+def ppl(
+    model: Model = "pocket",
+    length: Annotated[int, typer.Option(help="Tokens in a window; its second half is scored.")] = 4096,
+    windows: Annotated[int, typer.Option(min=1, help="Windows, spread over the text.")] = 4,
+    policy: Policies = "dense,tidal",
+    budget: Budgets = None,
+    text: Text = None,
+    json_file: Json = None,
+    plot: Plot = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Perplexity of a text, teacher-forced through the decode path."""
+    from springtide.evaluation.perplexity import perplexity
+    from springtide.evaluation.report import check_target, plot_lines, print_table, write_json
+
+    check_target(json_file, plot)
+    engine = _load(model, device, dtype)
+    policies = _policies(engine, policy, budget)
+    tokens = engine.encode(_text(text))
+    found = _last(perplexity(engine, tokens, policies, length, windows), windows * len(policies), "perplexity")
+    rows = [asdict(row) for row in found]
+    if json_file:
+        write_json(json_file, rows)
+    print_table(rows)
+    if plot:
+        plot_lines(
+            plot, _series(rows, "budget", "perplexity"), x="budget (tokens per KV head)", y="perplexity", log_x=True
+        )
+
+
+@eval_app.command()
+def recall(
+    model: Model = "pocket",
+    length: Annotated[int, typer.Option(help="Context length, tokens.")] = 4096,
+    trials: Annotated[int, typer.Option(min=1, help="Contexts.")] = 4,
+    policy: Policies = "tidal,quest,streaming,oracle",
+    budget: Budgets = None,
+    text: Text = None,
+    json_file: Json = None,
+    plot: Plot = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Attention mass and true top tokens that each sparse layer still reads while questions are answered."""
+    from springtide.evaluation.needle import Haystack
+    from springtide.evaluation.recall import recall as run
+    from springtide.evaluation.report import check_target, plot_lines, print_table, write_json
+
+    check_target(json_file, plot)
+    engine = _load(model, device, dtype)
+    policies = _policies(engine, policy, budget)
+    haystack = Haystack(engine.tokenizer, _text(text))
+    rows = [asdict(row) for row in _last(run(engine, haystack, policies, length, trials), trials, "recall")]
+    if json_file:
+        write_json(json_file, rows)
+    print_table(rows)
+    if plot:
+        plot_lines(plot, _series(rows, "layer", "mass"), x="layer", y="attention mass kept")
+
+
+@app.command()
+def env() -> None:
+    """Versions, device and kernels in use, for bug reports."""
+    import platform
+
+    import torch
+    import transformers
+
+    from springtide import __version__
+
+    rows = {
+        "springtide": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "kernels": "torch (scaled_dot_product_attention; gather and matmul for sparse reads)",
+    }
+    for name, value in rows.items():
+        print(f"{name:13} {value}")
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one sentence on standard error and exit code 2."""
+    warnings.showwarning = lambda message, *_: print(f"springtide: {message}", file=sys.stderr)
+    try:
+        app()
+    except SpringtideError as error:
+        print(f"springtide: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# -- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def _load(model: str, device: str | None, dtype: str | None, calibrated: bool = True) -> Engine:
+    from transformers.utils import logging
+
+    from springtide.loading import load
+
+    logging.set_verbosity_error()
+    return load(model, device=device, dtype=dtype, calibrated=calibrated)
+
+
+def _policy(text: str, budget: int | None) -> Policy:
+    from springtide.attention import parse_policy
+
+    return parse_policy(text, budget)
+
+
+def _policies(engine: Engine, text: str, budgets: str | None) -> list[Policy]:
+    """Every policy with every budget; those without a budget once."""
+    from springtide.attention import parse_policy, split_policies
+
+    sizes: Sequence[int | None] = [None] if budgets is None else _numbers(budgets, "--budget")
+    found: list[Policy] = []
+    for name in split_policies(text):
+        for size in sizes:
+            policy = engine.resolve(parse_policy(name, size))
+            if policy not in found:
+                found.append(policy)
+    if not found:
+        raise SpringtideError("--policy names no policy; give at least one, such as dense.")
+    return found
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SpringtideError(f"{option} is '{text}', but it must be whole numbers joined by commas.") from None
+    if min(numbers) < 1:
+        raise SpringtideError(f"{option} must be at least 1, not {min(numbers)}.")
+    return numbers
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt not in (None, "-") and file is not None:
+        raise SpringtideError("Give the prompt either as an argument or with --prompt-file, not both.")
+    if file is not None:
+        return _read(file)
+    if prompt not in (None, "-"):
+        return str(prompt)
+    if prompt is None and sys.stdin.isatty():
+        raise SpringtideError("There is no prompt; give it as an argument, with --prompt-file, or on standard input.")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise SpringtideError("Standard input is not UTF-8 text; convert it first.") from None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise SpringtideError(f"'{file}' is not UTF-8 text; convert it first.") from None
+    except OSError as error:
+        raise SpringtideError(f"'{file}' cannot be read ({error.strerror}); check the path.") from None
+
+
+def _text(file: Path | None) -> str:
+    return _excerpt() if file is None else _read(file)
+
+
+def _excerpt() -> str:
+    from importlib import resources
+
+    return (resources.files("springtide") / "data" / "excerpt.txt").read_text(encoding="utf-8")
+
+
+def _ask_user() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+# -- outputs --------------------------------------------------------------------------------------------------------
+
+
+def _print_pieces(engine: Engine, sequence: Any) -> None:
+    """Run a sequence and print its text as it comes, with a progress bar while the prompt is read."""
+    from tqdm import tqdm
+
+    with tqdm(total=sequence.prefill_end, unit="tok", desc="reading", leave=False, disable=None, delay=2) as bar:
+        for _, piece in engine.run([sequence]):
+            bar.update(min(sequence.cache.length, sequence.prefill_end) - bar.n)
+            if not sequence.prefilling:
+                bar.close()
+            print(piece, end="", flush=True)
+
+
+def _stats_line(stats: Any) -> str:
+    parts = [
+        f"{stats.prompt_tokens} prompt tokens",
+        f"{stats.completion_tokens} generated",
+        f"TTFT {stats.ttft_ms:.0f} ms",
+    ]
+    if stats.tpot_ms is not None:
+        parts += [f"TPOT {stats.tpot_ms:.1f} ms", f"{stats.tokens_per_second:.1f} tokens/s"]
+    if stats.kv_bytes_per_token is not None:
+        parts.append(f"{stats.kv_bytes_per_token / 1e6:.3f} MB of KV cache read a token")
+    return ", ".join(parts)
+
+
+def _progress(steps: Iterator[T], total: int, what: str) -> Iterator[T]:
+    """Pass ``steps`` on; each None among them moves a progress bar on a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, disable=None, delay=2) as bar:
+        for item in steps:
+            if item is None:
+                bar.update()
+            yield item
+
+
+def _last(steps: Iterator[T | None], total: int, what: str) -> T:
+    """The last of ``steps``, which is their result."""
+    result: T | None = None
+    for item in _progress(steps, total, what):
+        result = item
+    assert result is not None
+    return result
+
+
+def _series(
+    rows: Sequence[dict[str, Any]], x: str, y: str, lengths: Sequence[int] = ()
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Lines of ``y`` over ``x``, one for each policy (and length or budget, where there are several)."""
+    budgets = {row["budget"] for row in rows if row["budget"] is not None}
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        name = row["policy"]
+        if len(lengths) > 1:
+            name += f", {row['length']}"
+        if x != "budget" and len(budgets) > 1 and row["budget"] is not None:
+            name += f", budget {row['budget']}"
+        xs, ys = series.setdefault(name, ([], []))
+        xs.append(row[x])
+        ys.append(row[y])
+    return series
+
+
+def _plus(layers: Sequence[int]) -> str:
+    return "+".join(map(str, layers)) or "-"

@@ -1,0 +1,169 @@
+"""Needle in a haystack: facts hidden in a book, and questions whose answers are decoded token by token.
+
+A trial is one context that holds one fact at each depth and is asked about each of them, so that every fact is the
+needle once and a distractor otherwise. The context is read once, densely; each policy then decodes the question's
+tokens and the answer from a copy of that cache, as if the question had been generated.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from springtide import facts
+from springtide.attention.policy import Policy
+from springtide.engine.engine import Engine
+from springtide.engine.sampling import Sampling
+from springtide.errors import SpringtideError
+
+DIGITS = 5
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True)
+class Question:
+    """``tokens`` follow the context; the answer is right if its first number is ``digits``."""
+
+    depth: float
+    word: str
+    digits: str
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A book with a fact at each depth, and a question about each fact."""
+
+    context: list[int]
+    questions: list[Question]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Exact match of one policy at one length and depth."""
+
+    policy: str
+    budget: int | None
+    length: int
+    depth: float
+    trials: int
+    exact_match: float
+
+
+class Haystack:
+    """Makes trials from a text: the same ones for the same seed."""
+
+    def __init__(self, tokenizer: Any, text: str, seed: int = 0) -> None:
+        self.tokenizer, self.seed = tokenizer, seed
+        self.opening: list[int] = tokenizer.encode("")
+        self.book: list[int] = self._encode(text)
+        ends = [token for token in set(self.book) if tokenizer.decode([token]).rstrip().endswith((".", "!", "?"))]
+        self.sentence_ends = frozenset(ends)
+
+    def trial(self, length: int, number: int, depths: Sequence[float] = DEPTHS) -> Trial:
+        """Trial ``number``, whose context and question have ``length`` tokens together."""
+        rng = random.Random(f"{self.seed} {length} {number}")
+        words = rng.sample(facts.WORDS, len(depths))
+        numbers = ["".join(rng.choices("0123456789", k=DIGITS)) for _ in depths]
+        statements = [self._encode(facts.fact(word, digits)) for word, digits in zip(words, numbers, strict=True)]
+        questions = [self._encode(facts.question(word) + self._lead(word)) for word in words]
+        room = length - len(self.opening) - sum(map(len, statements)) - max(map(len, questions))
+        if room < 4 * len(depths):
+            raise SpringtideError(
+                f"A context of {length} tokens is too short for {len(depths)} facts; use a longer one."
+            )
+        if room > len(self.book):
+            raise SpringtideError(
+                f"The text has {len(self.book)} tokens, but a context of {length} needs {room}; give a longer text."
+            )
+        start = rng.randrange(len(self.book) - room + 1)
+        context = list(self.opening)
+        done = 0
+        for depth, statement in sorted(zip(depths, statements, strict=True), key=lambda pair: pair[0]):
+            place = self._sentence_end(start, room, round(depth * room))
+            context += self.book[start + done : start + place] + statement
+            done = place
+        context += self.book[start + done : start + room]
+        asked = [Question(*item) for item in zip(depths, words, numbers, questions, strict=True)]
+        return Trial(context, asked)
+
+    def answered(self, question: Question) -> list[int]:
+        """The question's tokens and its right answer."""
+        full = facts.question(question.word) + facts.answer(question.word, question.digits)
+        return self._encode(full)
+
+    def _sentence_end(self, start: int, room: int, place: int) -> int:
+        """The first place at or after ``place`` where a sentence has ended, if one ends soon."""
+        for end in range(place, min(place + 64, room)):
+            if end > 0 and self.book[start + end - 1] in self.sentence_ends:
+                return end
+        return place
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    @staticmethod
+    def _lead(word: str) -> str:
+        """The answer up to its digits, so that the first decoded tokens are the number."""
+        return facts.answer(word, "").rstrip(". ")
+
+
+def ask(engine: Engine, trial: Trial, policies: Sequence[Policy]) -> list[list[bool]]:
+    """Whether each policy answers each question of the trial rightly: ``[policy][question]``."""
+    sampling = Sampling(max_tokens=DIGITS + 3)
+    reader = engine.using("dense").start(trial.context, Sampling(max_tokens=1))
+    list(engine.using("dense").run([reader]))
+    results = []
+    for policy in policies:
+        under = engine.using(policy)
+        sequences = [
+            under.start([*trial.context, *q.tokens], sampling, prefill=len(trial.context), reuse=reader.fork())
+            for q in trial.questions
+        ]
+        list(under.run(sequences))
+        results.append([s.text.strip().startswith(q.digits) for s, q in zip(sequences, trial.questions, strict=True)])
+    return results
+
+
+def needle(
+    engine: Engine,
+    haystack: Haystack,
+    policies: Sequence[Policy],
+    lengths: Sequence[int],
+    trials: int,
+    depths: Sequence[float] = DEPTHS,
+) -> Iterator[Cell | None]:
+    """Cells of every policy, length and depth; None is yielded after every trial, for progress."""
+    for length in lengths:
+        right = [[0] * len(depths) for _ in policies]
+        for number in range(trials):
+            for counts, answers in zip(
+                right, ask(engine, haystack.trial(length, number, depths), policies), strict=True
+            ):
+                for i, answer in enumerate(answers):
+                    counts[i] += answer
+            yield None
+        for policy, counts in zip(policies, right, strict=True):
+            for depth, count in zip(depths, counts, strict=True):
+                yield Cell(policy.name, getattr(policy, "budget", None), length, depth, trials, count / trials)
+
+
+def overall(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """One row for each policy, budget and length: exact match over all depths, and in the worst depth."""
+    grouped: dict[tuple[str, int | None, int], list[Cell]] = {}
+    for cell in cells:
+        grouped.setdefault((cell.policy, cell.budget, cell.length), []).append(cell)
+    return [
+        {
+            "policy": policy,
+            "budget": budget,
+            "length": length,
+            "trials": sum(cell.trials for cell in found),
+            "exact_match": sum(cell.exact_match * cell.trials for cell in found) / sum(cell.trials for cell in found),
+            "worst_depth": min(cell.exact_match for cell in found),
+        }
+        for (policy, budget, length), found in grouped.items()
+    ]

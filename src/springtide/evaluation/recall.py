@@ -1,0 +1,79 @@
+"""How much of the dense attention each sparse layer still reads.
+
+While a passage is decoded under a policy, each layer that reads a selection is compared with dense attention on the
+very same queries and keys: the share of attention mass that the selection holds, and how many of the true top tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from springtide import kernels
+from springtide.attention.policy import Layer, Policy
+from springtide.engine.engine import Engine
+from springtide.engine.rows import Segment
+from springtide.engine.sampling import Sampling
+from springtide.evaluation.needle import Haystack
+
+
+@dataclass(frozen=True)
+class LayerRecall:
+    """``mass``: attention mass held, mean over rows and heads. ``top_k``: share of the true top-budget tokens read."""
+
+    policy: str
+    budget: int | None
+    layer: int
+    mass: float
+    top_k: float
+
+
+@dataclass
+class Meter:
+    """Sums over rows for each layer."""
+
+    rows: dict[int, int] = field(default_factory=dict)
+    mass: dict[int, float] = field(default_factory=dict)
+    top_k: dict[int, float] = field(default_factory=dict)
+
+    def __call__(self, layer: Layer, q: Tensor, segment: Segment, index: Tensor, valid: Tensor) -> None:
+        """Compare ``index [R, H_kv, B]``, what the rows are about to read, with dense attention."""
+        keys, _ = segment.cache.read(layer.index, 0, segment.length)
+        logits = kernels.scores(q, keys, layer.scale, layer.softcap)
+        seen = segment.visible()
+        if seen is not None:
+            logits = logits.masked_fill(~seen[:, None, None, :], -torch.inf)
+        probs = logits.softmax(-1).mean(2)
+        read = torch.zeros_like(probs).scatter_reduce_(2, index, valid.to(probs.dtype), "amax")
+        best = probs.topk(index.shape[2], dim=-1).indices
+        at = layer.index
+        self.rows[at] = self.rows.get(at, 0) + len(q)
+        self.mass[at] = self.mass.get(at, 0.0) + (probs * read).sum(-1).mean(1).sum().item()
+        self.top_k[at] = self.top_k.get(at, 0.0) + read.gather(2, best).mean((1, 2)).sum().item()
+
+
+def recall(
+    engine: Engine, haystack: Haystack, policies: Sequence[Policy], length: int, trials: int
+) -> Iterator[list[LayerRecall] | None]:
+    """Recall of every sparse layer while questions and their answers are decoded; yields None after every trial."""
+    meters = [Meter() for _ in policies]
+    plain = engine.using("dense")
+    for number in range(trials):
+        trial = haystack.trial(length, number)
+        reader = plain.start(trial.context, Sampling(max_tokens=1))
+        list(plain.run([reader]))
+        asked = [token for question in trial.questions for token in haystack.answered(question)]
+        for policy, meter in zip(policies, meters, strict=True):
+            under = engine.using(policy)
+            list(under.predictions(trial.context + asked, len(trial.context), reader, meter=meter))
+        yield None
+    yield [
+        LayerRecall(
+            policy.name, getattr(policy, "budget", None), layer, meter.mass[layer] / rows, meter.top_k[layer] / rows
+        )
+        for policy, meter in zip(policies, meters, strict=True)
+        for layer, rows in sorted(meter.rows.items())
+    ]

@@ -1,0 +1,111 @@
+"""Results as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from springtide.errors import SpringtideError
+
+
+def check_target(*paths: Path | None) -> None:
+    """Raise SpringtideError, before any work is done, for a file that could not be written after it."""
+    for path in paths:
+        if path is None:
+            continue
+        folder = path.parent
+        if not folder.is_dir():
+            raise SpringtideError(f"'{path}' cannot be written: there is no folder '{folder}'; create it first.")
+        if path.is_dir() or not os.access(folder, os.W_OK):
+            raise SpringtideError(f"'{path}' cannot be written; choose another place.")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all; raises SpringtideError when it cannot be written."""
+    temporary = path.with_name(path.name + ".writing")
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SpringtideError(f"'{path}' cannot be written ({error.strerror}); choose another place.") from None
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows that share their keys, which become the columns."""
+    if not rows:
+        return
+    table = Table(box=None, header_style="bold")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_shown(value) for value in row.values()))
+    Console().print(table)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plot_lines(
+    path: Path, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x: str, y: str, log_x: bool = False
+) -> None:
+    """A picture of named lines ``(xs, ys)``; a line of one point becomes a horizontal one."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for name, (xs, ys) in series.items():
+        if len(xs) == 1:
+            axes.axhline(ys[0], label=name, color="black", linestyle=":")
+        else:
+            axes.plot(xs, ys, marker="o", label=name)
+    if log_x:
+        axes.set_xscale("log")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_heat(path: Path, kept: Sequence[Sequence[float]], layers: Sequence[int], select: Sequence[int]) -> None:
+    """A heat map of the attention mass that each selecting layer keeps for each later one; chosen rows are marked."""
+    pyplot = _pyplot()
+    size = 1.5 + 0.32 * len(layers)
+    figure, axes = pyplot.subplots(figsize=(size + 1.2, size))
+    shown = [[value if j > i else float("nan") for j, value in enumerate(row)] for i, row in enumerate(kept)]
+    image = axes.imshow(shown, vmin=0, vmax=1, cmap="viridis")
+    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.set_yticks(range(len(layers)), [f"{'> ' if layer in select else ''}{layer}" for layer in layers])
+    axes.set_xlabel("layer that reads")
+    axes.set_ylabel("layer that selects (> chosen)")
+    figure.colorbar(image, label="attention mass kept", fraction=0.046)
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_name(path.name + ".writing")
+    try:
+        figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SpringtideError(f"'{path}' cannot be written ({error.strerror}); choose another place.") from None
+    finally:
+        _pyplot().close(figure)
