@@ -23,7 +23,7 @@ BASE: dict[str, Any] = {
     "initializer_range": 0.3,
     "tie_word_embeddings": False,
 }
-MIXED = ["sliding_attention", "full_attention"] * 2
+MIXED = ["sliding_attention", "full_attention"]  # by turns
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -52,9 +52,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 @cache
 def tiny(name: str = "qwen3", dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
-    """A 4-layer model with random weights, always the same for the same arguments."""
+    """A model with random weights (4 layers), always the same for the same arguments."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **{**BASE, **ARCHITECTURES[name], **overrides})
+    options = {**BASE, **ARCHITECTURES[name], **overrides}
+    if "layer_types" in options:
+        options["layer_types"] = [MIXED[layer % 2] for layer in range(options["num_hidden_layers"])]
+    config = AutoConfig.for_model(name, **options)
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 

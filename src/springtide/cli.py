@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -34,10 +35,10 @@ PolicyText = Annotated[
 Policies = Annotated[
     str, typer.Option("--policy", help="Comma list of policies, each as NAME or NAME:OPTION=VALUE,...")
 ]
-Budget = Annotated[int | None, typer.Option(help="Tokens that a sparse layer reads per KV head.")]
+Budget = Annotated[int | None, typer.Option(min=1, help="Tokens that a sparse layer reads per KV head.")]
 Budgets = Annotated[str | None, typer.Option("--budget", help="Comma list of budgets (tokens per KV head).")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
-Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw them as PNG.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file, as JSON.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw the result to this file, as PNG.")]
 Text = Annotated[Path | None, typer.Option("--text", help="UTF-8 text file (default: the bundled held-out excerpt).")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.")]
@@ -113,18 +114,26 @@ def chat(
     from springtide.engine.sampling import Sampling
 
     sampling = Sampling(max_tokens, temperature, top_p, seed=seed)
-    engine = _load(model, device, dtype).using(_policy(policy, budget))
+    chosen = _policy(policy, budget)
     if system and system.startswith("@"):
         system = _read(Path(system[1:]))
     opening = [{"role": "system", "content": system}] if system else []
+    engine = _load(model, device, dtype).using(chosen)
+    engine.render([*opening, {"role": "user", "content": "Hello"}])  # does the model chat at all?
     messages, sequence = list(opening), None
     while (line := _ask_user()) not in (None, "/exit"):
         if line == "/reset":
             messages, sequence = list(opening), None
         if not line or line == "/reset":
             continue
-        tokens = engine.render([*messages, {"role": "user", "content": line}])
-        sequence = engine.start(tokens, sampling, reuse=sequence)
+        try:
+            tokens = engine.render([*messages, {"role": "user", "content": line}])
+            sequence = engine.start(tokens, sampling, reuse=sequence)
+        except SpringtideError as error:
+            if not sys.stdin.isatty():
+                raise
+            print(f"springtide: {error}", file=sys.stderr)
+            continue
         try:
             _print_pieces(engine, sequence)
         except KeyboardInterrupt:
@@ -149,7 +158,7 @@ def demo(json_file: Json = None) -> None:
 def calibrate(
     model: Model = "pocket",
     dense_layers: Annotated[int | None, typer.Option(help="Full and selecting layers (default: a third).")] = None,
-    budget: Annotated[int, typer.Option(help="Tokens that a sparse layer reads per KV head.")] = 128,
+    budget: Annotated[int, typer.Option(min=1, help="Tokens that a sparse layer reads per KV head.")] = 128,
     length: Annotated[int, typer.Option(help="Context length to calibrate at, tokens.")] = 4096,
     prompts: Annotated[int, typer.Option(min=1, help="Texts and question sets to measure on.")] = 4,
     trials: Annotated[int, typer.Option(min=1, help="Layouts to measure.")] = 64,
@@ -168,13 +177,14 @@ def calibrate(
 
     folder = out or find_model(model)
     check_target(folder / "springtide.json")
+    book = _text(text)
     engine = _load(model, device, dtype, calibrated=False)
     layers = engine.stack.spec.global_layers
     dense_layers = max(1, len(layers) // 3) if dense_layers is None else dense_layers
     tidal = Tidal(budget=budget)
     found = _last(
         calibration.calibrate(
-            engine, _text(text), dense_layers=dense_layers, tidal=tidal, length=length, prompts=prompts, trials=trials
+            engine, book, dense_layers=dense_layers, tidal=tidal, length=length, prompts=prompts, trials=trials
         ),
         calibration.steps(prompts, trials),
         "calibrating",
@@ -201,8 +211,11 @@ def train_pocket(
     seed: Annotated[int, typer.Option(help="Seed of initial weights and data.")] = 0,
 ) -> None:
     """Train the pocket model from books; the same command goes on where an earlier one stopped."""
+    import logging
+
     from springtide.training import pocket
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         pocket.train_pocket(corpus, out, minutes=minutes, hold_out=hold_out or pocket.HOLD_OUT, seed=seed)
     except KeyboardInterrupt:
@@ -232,10 +245,10 @@ def needle(
     from springtide.evaluation.report import check_target, plot_lines, print_table, write_json
 
     check_target(json_file, plot)
-    lengths = _numbers(length, "--length")
+    lengths, wanted, book = _numbers(length, "--length"), _policies(policy, budget), _text(text)
     engine = _load(model, device, dtype)
-    policies = _policies(engine, policy, budget)
-    haystack = Haystack(engine.tokenizer, _text(text), seed)
+    policies = _resolved(engine, wanted)
+    haystack = Haystack(engine.tokenizer, book, seed)
     cells = [
         c for c in _progress(run(engine, haystack, policies, lengths, trials), len(lengths) * trials, "needle") if c
     ]
@@ -271,9 +284,10 @@ def ppl(
     from springtide.evaluation.report import check_target, plot_lines, print_table, write_json
 
     check_target(json_file, plot)
+    wanted, book = _policies(policy, budget), _text(text)
     engine = _load(model, device, dtype)
-    policies = _policies(engine, policy, budget)
-    tokens = engine.encode(_text(text))
+    policies = _resolved(engine, wanted)
+    tokens = engine.encode(book)
     found = _last(perplexity(engine, tokens, policies, length, windows), windows * len(policies), "perplexity")
     rows = [asdict(row) for row in found]
     if json_file:
@@ -304,9 +318,10 @@ def recall(
     from springtide.evaluation.report import check_target, plot_lines, print_table, write_json
 
     check_target(json_file, plot)
+    wanted, book = _policies(policy, budget), _text(text)
     engine = _load(model, device, dtype)
-    policies = _policies(engine, policy, budget)
-    haystack = Haystack(engine.tokenizer, _text(text))
+    policies = _resolved(engine, wanted)
+    haystack = Haystack(engine.tokenizer, book)
     rows = [asdict(row) for row in _last(run(engine, haystack, policies, length, trials), trials, "recall")]
     if json_file:
         write_json(json_file, rows)
@@ -341,6 +356,9 @@ def env() -> None:
 
 def main() -> None:
     """Run the command line; a mistake of the user's is one sentence on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # for a terminal that cannot show every character
     warnings.showwarning = lambda message, *_: print(f"springtide: {message}", file=sys.stderr)
     try:
         app()
@@ -364,28 +382,41 @@ def _load(model: str, device: str | None, dtype: str | None, calibrated: bool = 
 def _policy(text: str, budget: int | None) -> Policy:
     from springtide.attention import parse_policy
 
-    return parse_policy(text, budget)
+    policy = parse_policy(text, budget)
+    _check_budgets([policy], budget)
+    return policy
 
 
-def _policies(engine: Engine, text: str, budgets: str | None) -> list[Policy]:
+def _policies(text: str, budgets: str | None) -> list[Policy]:
     """Every policy with every budget; those without a budget once."""
     from springtide.attention import parse_policy, split_policies
 
     sizes: Sequence[int | None] = [None] if budgets is None else _numbers(budgets, "--budget")
-    found: list[Policy] = []
-    for name in split_policies(text):
-        for size in sizes:
-            policy = engine.resolve(parse_policy(name, size))
-            if policy not in found:
-                found.append(policy)
+    found = [parse_policy(name, size) for name in split_policies(text) for size in sizes]
     if not found:
         raise SpringtideError("--policy names no policy; give at least one, such as dense.")
+    _check_budgets(found, *sizes)
     return found
+
+
+def _check_budgets(policies: Sequence[Policy], *budgets: int | None) -> None:
+    """Raise SpringtideError for a --budget that no policy takes."""
+    for budget in budgets:
+        if budget is not None and budget not in [getattr(policy, "budget", None) for policy in policies]:
+            raise SpringtideError(
+                f"--budget {budget} has no effect: --policy names none that has a budget and does not set it; "
+                "name one, such as tidal."
+            )
+
+
+def _resolved(engine: Engine, policies: Sequence[Policy]) -> list[Policy]:
+    """The policies fitted to the model, each once."""
+    return list(dict.fromkeys(engine.resolve(policy) for policy in policies))
 
 
 def _numbers(text: str, option: str) -> list[int]:
     try:
-        numbers = [int(part) for part in text.split(",")]
+        numbers = list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise SpringtideError(f"{option} is '{text}', but it must be whole numbers joined by commas.") from None
     if min(numbers) < 1:
@@ -394,27 +425,33 @@ def _numbers(text: str, option: str) -> list[int]:
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
-    if prompt not in (None, "-") and file is not None:
+    if prompt is not None and file is not None:
         raise SpringtideError("Give the prompt either as an argument or with --prompt-file, not both.")
     if file is not None:
-        return _read(file)
-    if prompt not in (None, "-"):
-        return str(prompt)
-    if prompt is None and sys.stdin.isatty():
+        text = _read(file)
+    elif prompt not in (None, "-"):
+        text = str(prompt)
+    elif prompt is None and sys.stdin.isatty():
         raise SpringtideError("There is no prompt; give it as an argument, with --prompt-file, or on standard input.")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError:
-        raise SpringtideError("Standard input is not UTF-8 text; convert it first.") from None
+    else:
+        text = _decoded(sys.stdin.buffer.read(), "Standard input")
+    if not text:
+        raise SpringtideError("The prompt is empty; give at least one character.")
+    return text
 
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise SpringtideError(f"'{file}' is not UTF-8 text; convert it first.") from None
+        return _decoded(file.read_bytes(), f"'{file}'")
     except OSError as error:
         raise SpringtideError(f"'{file}' cannot be read ({error.strerror}); check the path.") from None
+
+
+def _decoded(text: bytes, source: str) -> str:
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise SpringtideError(f"{source} is not UTF-8 text; convert it first.") from None
 
 
 def _text(file: Path | None) -> str:
@@ -432,6 +469,8 @@ def _ask_user() -> str | None:
         return input("> " if sys.stdin.isatty() else "").strip()
     except (EOFError, KeyboardInterrupt):
         return None
+    except UnicodeDecodeError:
+        raise SpringtideError("Standard input is not UTF-8 text; convert it first.") from None
 
 
 # -- outputs --------------------------------------------------------------------------------------------------------
@@ -484,10 +523,10 @@ def _last(steps: Iterator[T | None], total: int, what: str) -> T:
 
 def _series(
     rows: Sequence[dict[str, Any]], x: str, y: str, lengths: Sequence[int] = ()
-) -> dict[str, tuple[list[float], list[float]]]:
+) -> dict[str, tuple[list[float | None], list[float]]]:
     """Lines of ``y`` over ``x``, one for each policy (and length or budget, where there are several)."""
     budgets = {row["budget"] for row in rows if row["budget"] is not None}
-    series: dict[str, tuple[list[float], list[float]]] = {}
+    series: dict[str, tuple[list[float | None], list[float]]] = {}
     for row in rows:
         name = row["policy"]
         if len(lengths) > 1:

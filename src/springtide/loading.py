@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from springtide.attention.calibration import read_calibration
@@ -41,29 +40,47 @@ def load(
     Raises:
         SpringtideError: no such folder, incomplete or broken weights, unsupported architecture, bad policy.
     """
+    wanted, place = as_dtype(dtype), as_device(device)
     if isinstance(model, PreTrainedModel):
+        if dtype is not None:
+            raise SpringtideError(
+                "A dtype is for a model folder; convert a loaded model yourself, with model.to(dtype)."
+            )
         if isinstance(tokenizer, (str, Path)):
             tokenizer = _load_tokenizer(Path(tokenizer))
-        return Engine(model.to(device) if device is not None else model, tokenizer, policy)
+        calibration = calibration_of(model) if calibrated else None
+        return Engine(model if device is None else _move(model, place), tokenizer, policy, calibration=calibration)
     folder = find_model(model)
-    loaded = _load_weights(folder, as_dtype(dtype))
+    config = _load_config(folder)
+    calibration = read_calibration(folder) if calibrated else None
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = _load_tokenizer(Path(tokenizer) if tokenizer else folder)
-    place = as_device(device)
-    calibration = read_calibration(folder) if calibrated else None
-    return Engine(loaded.to(place), tokenizer, policy, calibration=calibration)
+    loaded = _move(_load_weights(folder, config, wanted), place)
+    return Engine(loaded, tokenizer, policy, calibration=calibration)
+
+
+def calibration_of(model: PreTrainedModel) -> dict[str, Any] | None:
+    """The ``springtide.json`` of the folder that a model was loaded from, None if there is none."""
+    name = model.name_or_path
+    return read_calibration(Path(name)) if name and Path(name).is_dir() else None
 
 
 def find_model(name: str | Path) -> Path:
     """The folder of a model: a path, or ``"pocket"``. Raises SpringtideError if there is none."""
-    if str(name) == "pocket":
-        folder = Path(str(resources.files("springtide"))) / "models" / "pocket"
-    else:
-        folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise SpringtideError(f"There is no model folder '{name}'; give a folder with config.json, or 'pocket'.")
+    pocket = str(name) == "pocket"
+    folder = Path(str(resources.files("springtide"))) / "models" / "pocket" if pocket else Path(name).expanduser()
+    if not str(name) or not folder.is_dir():
+        if pocket:
+            raise SpringtideError("The bundled model is not there; install springtide again or give a model folder.")
+        raise SpringtideError(
+            f"There is no model folder '{name}'; give a folder with config.json and weights (download it first), "
+            "or 'pocket'."
+        )
     if not (folder / "config.json").is_file():
-        raise SpringtideError(f"'{name}' holds no config.json, so it is not a Hugging Face model folder.")
+        raise SpringtideError(
+            f"'{folder}' holds no config.json, so it is not a Hugging Face model folder; "
+            "give one that is, or finish the download."
+        )
     return folder
 
 
@@ -73,63 +90,102 @@ def as_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise SpringtideError(f"Unknown device '{device}': use cpu, cuda or cuda:NUMBER.")
+    try:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise SpringtideError(f"Device '{device}' cannot be used: {str(error).splitlines()[0]}") from None
+        raise SpringtideError(f"Device '{device}' cannot be used ({_reason(error)}); use cpu.") from None
     return found
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
     """A dtype by name; "auto" (the checkpoint's own) for None."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return "auto" if dtype is None else dtype
+    if dtype is None:
+        return "auto"
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if dtype in names.values():
+        return dtype
     if dtype not in names:
         raise SpringtideError(f"Unknown dtype '{dtype}': choose one of {', '.join(names)}.")
     return names[dtype]
 
 
-def _load_weights(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def _move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    try:
+        moved: PreTrainedModel = model.to(device)
+    except torch.OutOfMemoryError:
+        raise SpringtideError(
+            f"The model does not fit into the memory of {device}; use another device or dtype."
+        ) from None
+    return moved
+
+
+def _load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a supported model whose files are all there."""
+    path = folder / "config.json"
+    kind = _read_object(path).get("model_type")
+    if not isinstance(kind, str):
+        raise SpringtideError(f"'{path}' names no model_type; download the model again.")
+    check_supported(kind)
     _check_files(folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        kind = _model_type(folder)
-        check_supported(kind)
-        raise SpringtideError(f"'{folder / 'config.json'}' cannot be read: {_first_line(error)}") from None
-    check_supported(config.model_type)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the file may hold anything
+        raise SpringtideError(f"'{path}' cannot be used ({_reason(error)}); download the model again.") from None
+
+
+def _load_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
+            folder,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except ImportError as error:
+        raise SpringtideError(f"The weights in '{folder}' need a package that is missing: {_reason(error)}.") from None
+    except Exception as error:  # the files may hold anything
         raise SpringtideError(
-            f"The weights in '{folder}' cannot be read ({_first_line(error)}); download the model again."
+            f"The weights in '{folder}' cannot be read ({_reason(error)}); download the model again."
         ) from None
     finally:
         transformers_logging.enable_progress_bar()
-    missing = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
-    if missing:
-        raise SpringtideError(
-            f"The weights in '{folder}' lack {len(missing)} tensors that the model needs, such as '{missing[0]}'; "
-            "download the model again."
-        )
+    _check_tensors(folder, model, report)
+    return model
+
+
+def _check_tensors(folder: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Raise SpringtideError unless every tensor of the model was in the files, in its shape and with finite values."""
+    for tensors, fault in (
+        (sorted(report["missing_keys"]), "lack {} that the model needs"),
+        (sorted(name for name, *_ in report["mismatched_keys"]), "hold {} of another shape than config.json says"),
+    ):
+        if tensors:
+            count = f"{len(tensors)} tensor{'s' if len(tensors) > 1 else ''}"
+            raise SpringtideError(
+                f"The weights in '{folder}' {fault.format(count)}, such as '{tensors[0]}'; download the model again."
+            )
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter.detach().abs().max()):
             raise SpringtideError(f"Tensor '{name}' in '{folder}' holds NaN or infinite values; get sound weights.")
-    return model
 
 
 def _check_files(folder: Path) -> None:
     """Raise SpringtideError when a weight file that the folder's index names is not there."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise SpringtideError(f"'{index}' is broken ({_first_line(error)}); download it again.") from None
+        names = _read_object(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise SpringtideError(f"'{index}' does not say where the weights are; download it again.")
+        wanted = sorted(set(names.values()))
         missing = [name for name in wanted if not (folder / name).is_file()]
         if missing:
             raise SpringtideError(
@@ -138,21 +194,33 @@ def _check_files(folder: Path) -> None:
             )
     elif not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise SpringtideError(f"'{folder}' holds no weights (*.safetensors); finish the download.")
+    if (folder / "generation_config.json").is_file():
+        _read_object(folder / "generation_config.json")  # transformers would go on without a broken one
 
 
-def _model_type(folder: Path) -> str:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        return str(json.loads((folder / "config.json").read_text()).get("model_type", "unnamed"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
     except (ValueError, OSError) as error:
-        raise SpringtideError(f"'{folder / 'config.json'}' is not valid JSON: {_first_line(error)}") from None
+        raise SpringtideError(f"'{path}' is broken ({_reason(error)}); download it again.") from None
+    return content
 
 
 def _load_tokenizer(folder: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise SpringtideError(f"'{folder}' holds no usable tokenizer: {_first_line(error)}") from None
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the files may hold anything
+        reason = _reason(error) if (folder / "tokenizer.json").is_file() else "there is no tokenizer.json"
+        raise SpringtideError(f"'{folder}' holds no usable tokenizer ({reason}); finish the download.") from None
+    if not any((folder / name).is_file() for name in tokenizer.vocab_files_names.values()):
+        # Some classes make an empty tokenizer out of nothing.
+        raise SpringtideError(f"'{folder}' holds no usable tokenizer (there is no file of one); finish the download.")
+    return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def _reason(error: Exception) -> str:
+    """The first sentence of an error, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0].rstrip(".:")

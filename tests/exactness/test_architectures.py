@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from springtide.engine import loop
 from springtide.engine.engine import Engine
-from springtide.engine.loop import Loop
 from springtide.engine.sampling import Sampling
 from tiny import ARCHITECTURES, random_tokens, tiny
 
@@ -14,11 +14,6 @@ GREEDY = {"max_tokens": 64}
 PROMPT = random_tokens(37)
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
-
-
-@pytest.fixture(autouse=True)
-def _chunks(monkeypatch):
-    monkeypatch.setattr(Loop, "chunk", 512)
 
 
 def by_transformers(name: str, prompt: list[int], count: int = 64) -> list[int]:
@@ -48,7 +43,7 @@ def test_logits_equal_transformers(name):
 @every_architecture
 def test_chunked_prefill_equals_whole(name, monkeypatch):
     whole = Engine(tiny(name)).generate(PROMPT, **GREEDY).token_ids
-    monkeypatch.setattr(Loop, "chunk", 7)
+    monkeypatch.setattr(loop, "CHUNK", 7)
     assert Engine(tiny(name)).generate(PROMPT, **GREEDY).token_ids == whole
 
 

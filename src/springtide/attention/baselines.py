@@ -84,7 +84,8 @@ class Quest(_Sparse):
 
     A page's bound is ``sum_d max(q_d min_d, q_d max_d)`` over the minimum and maximum of its keys. The bounds are
     computed anew in every pass, so this measures quality, not speed; ``bytes_read`` counts what a kernel would read.
-    Query heads that share a KV head share its pages. The newest page is always read.
+    Query heads that share a KV head share its pages. The page that holds the row itself, in plain decoding the newest
+    one, is always read.
     """
 
     name: ClassVar[str] = "quest"
@@ -107,7 +108,8 @@ class Quest(_Sparse):
         bound = torch.einsum("rkgd,kpd->rkgp", grouped.clamp(min=0), high)
         bound += torch.einsum("rkgd,kpd->rkgp", grouped.clamp(max=0), low)
         ranking = bound.amax(2) if self.pool == "max" else bound.float().softmax(-1).mean(2)
-        ranking[..., -1] = torch.finfo(ranking.dtype).max
+        own = (segment.prefix + torch.arange(q.shape[0], device=q.device)) // self.page
+        ranking.scatter_(2, own[:, None, None].expand(-1, keys.shape[0], 1), torch.finfo(ranking.dtype).max)
         chosen = kernels.select(ranking, self.budget // self.page)
         slots = chosen[..., None] * self.page + torch.arange(self.page, device=q.device)
         return slots.flatten(2)

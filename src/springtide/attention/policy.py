@@ -127,7 +127,8 @@ def pooled_scores(layer: Layer, q: Tensor, segment: Segment, pool: str, heads: s
 def always_keep(ranking: Tensor, segment: Segment, sinks: int, recent: int) -> Tensor:
     """Put the row itself, its ``recent`` newest tokens and the ``sinks`` oldest first, in this order, in ``ranking``.
 
-    ``ranking [R, ..., L]`` is written in place. A budget too small for all of them keeps the first of that order.
+    ``ranking [R, ..., L]`` is written in place. A budget too small for all of them keeps the first of that order: no
+    two rank the same, so that what is kept does not depend on how ties are broken.
     """
     own = torch.tensor(segment.positions, device=ranking.device)
     slots = torch.cat([torch.arange(segment.prefix, device=ranking.device), own])
@@ -139,10 +140,11 @@ def always_keep(ranking: Tensor, segment: Segment, sinks: int, recent: int) -> T
     )
     if seen is not None:
         near, oldest = near & seen, oldest & seen
-    top = torch.finfo(ranking.dtype).max
-    for kept, value in ((oldest, top / 8), (near, top / 4), (itself, top)):
-        ranking.masked_fill_(kept.view(kept.shape[0], *[1] * (ranking.ndim - 2), kept.shape[1]), value)
-    return ranking
+    # The row itself is 1, the newest go down from 1/2 to 1/4 with age, the oldest from 1/8 to 1/16 with position.
+    rank = torch.where(near, 0.5 - age / (4 * max(recent, 1)), 0.125 - slots / (16 * max(sinks, 1)))
+    rank = rank.masked_fill(itself, 1.0).to(ranking.dtype) * torch.finfo(ranking.dtype).max
+    shape = (len(own), *[1] * (ranking.ndim - 2), segment.length)
+    return ranking.copy_(torch.where((itself | near | oldest).view(shape), rank.view(shape), ranking))
 
 
 def at_least(value: int, low: int, policy: str, name: str) -> None:

@@ -84,24 +84,27 @@ class Tidal(Policy):
     def _layout(self, spec: ModelSpec) -> dict[str, Any]:
         """The layers: as given; else calibrated; else the paper's, scaled from 32 layers (0-1, 2, 13) to the depth."""
         given = {name: getattr(self, name) for name in ("full", "select", "reselect")}
-        if all(value is None for value in given.values()):
-            if spec.calibration is not None:
-                layout = spec.calibration["tidal"]
-                return {
-                    "full": tuple(layout["full"]),
-                    "select": layout["select"][0],
-                    "reselect": tuple(layout["select"][1:]),
-                }
+        if None not in given.values():
+            return given
+        default = all(value is None for value in given.values())
+        if default and spec.calibration is not None:
+            layout = spec.calibration["tidal"]
+            return {
+                "full": tuple(layout["full"]),
+                "select": layout["select"][0],
+                "reselect": tuple(layout["select"][1:]),
+            }
+        layers = spec.global_layers
+        if len(layers) < 3:
+            raise SpringtideError(
+                f"tidal: the model has {len(layers)} layers without a sliding window, but the default layout needs 3; "
+                "give full, select and reselect, or use the dense policy."
+            )
+        if default:
             warnings.warn(
                 "tidal: the model is not calibrated, so the paper's layers are used, scaled to its depth; "
                 "`springtide calibrate` finds better ones",
                 stacklevel=2,
-            )
-        layers = spec.global_layers
-        if len(layers) < 3:
-            raise SpringtideError(
-                f"tidal: the model has {len(layers)} layers without a sliding window, but at least 3 are needed; "
-                "use the dense policy."
             )
         paper = {
             "full": layers[:2],

@@ -36,6 +36,7 @@ class Cache:
         assert keys is not None and values is not None, "a layer is written before it is read"
         return keys[:, start:stop], values[:, start:stop]
 
+    @torch.inference_mode()
     def commit(self, start: int, kept: list[int]) -> None:
         """Keep rows ``kept`` (ascending) of those written from slot ``start`` on, closing the gaps between them.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,6 +21,7 @@ from springtide.engine.loop import Loop
 from springtide.engine.sampling import Sampling
 from springtide.engine.scheduler import Scheduler
 from springtide.engine.sequence import FinishReason, Sequence, Stats
+from springtide.engine.spec import ModelSpec
 from springtide.engine.stack import Stack
 from springtide.engine.text import Detokenizer
 from springtide.errors import SpringtideError
@@ -49,7 +51,7 @@ class Engine:
         model: a Hugging Face causal model of a supported architecture; it is left as it is.
         tokenizer: its tokenizer; None if prompts are token ids only.
         policy: an attention policy, or its text form such as ``"tidal:budget=256"``.
-        drafter: proposes tokens to try; the output does not depend on it.
+        drafter: proposes tokens to try; the output does not depend on it if the policy's rows are independent.
         calibration: the content of the model's ``springtide.json``.
 
     Attributes:
@@ -67,6 +69,7 @@ class Engine:
         calibration: dict[str, Any] | None = None,
     ) -> None:
         self.stack = Stack(model, calibration)
+        _check_calibration(self.stack.spec)
         self.tokenizer = tokenizer
         self.drafter = drafter or Undrafted()
         self.policy = self.resolve(policy)
@@ -87,13 +90,14 @@ class Engine:
     @overload
     def generate(self, prompts: List[str] | List[List[int]], **options: Any) -> list[Output]: ...
     def generate(self, prompts: Any, **options: Any) -> Output | list[Output]:
-        """Complete one prompt (text or token ids) or a list of them, which run as one batch.
+        """Complete one prompt (text or token ids) or a list of them, which run as one batch; none for an empty list.
 
         Options are the fields of :class:`springtide.Sampling`. Raises SpringtideError for an empty prompt, one
         beyond the context limit, or a bad option.
         """
         sampling = Sampling.of(**options)
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+        single = isinstance(prompts, str) or any(isinstance(p, int) for p in prompts)
         sequences = [self.start(self.encode(p), sampling) for p in ([prompts] if single else prompts)]
         for _ in self.run(sequences):
             pass
@@ -102,25 +106,39 @@ class Engine:
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """Complete one prompt, yielding pieces of text as they come."""
+        self._tokenizer()
         sequence = self.start(self.encode(prompt), Sampling.of(**options))
         return (piece for _, piece in self.run([sequence]) if piece)
 
     def chat(self, messages: List[dict[str, str]], **options: Any) -> Output:
         """Answer ``messages`` (``{"role": ..., "content": ...}``) in the model's chat template."""
-        return self.generate(self.render(messages), **options)
+        return self.generate([self.render(messages)], **options)[0]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; ids pass through."""
-        if not isinstance(prompt, str):
-            return list(prompt)
-        return list(self._tokenizer().encode(prompt))
+        if isinstance(prompt, str):
+            _check_unicode(prompt)
+            return list(self._tokenizer().encode(prompt))
+        ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        if not isinstance(ids, List) or not all(isinstance(token, int) for token in ids):
+            raise SpringtideError("A prompt is text or a list of token ids.")
+        return list(ids)
 
     def render(self, messages: List[dict[str, str]]) -> list[int]:
         """Token ids of a conversation in the model's chat template."""
         tokenizer = self._tokenizer()
         if tokenizer.chat_template is None:
-            raise SpringtideError("The model's tokenizer has no chat template; use generate without --chat.")
-        ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            raise SpringtideError(
+                "The model's tokenizer has no chat template; use a model that was trained to chat, or generate."
+            )
+        for message in messages:
+            if isinstance(message["content"], str):
+                _check_unicode(message["content"])
+        try:
+            ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except (TemplateError, ValueError) as error:
+            reason = str(error).rstrip(".")
+            raise SpringtideError(f"The model's chat template does not take these messages: {reason}.") from None
         return ids
 
     def start(
@@ -159,7 +177,8 @@ class Engine:
     def run(self, sequences: List[Sequence]) -> Iterator[tuple[Sequence, str]]:
         """Complete sequences in one batch, yielding each one's new text after every pass that it is part of.
 
-        The text is empty while the prompt is read, and always without a tokenizer.
+        The text is empty while the prompt is read, and always without a tokenizer. Who runs the sequences may end one
+        by setting its ``finish_reason``.
         """
         loop = Loop(self.stack, self.policy, self.drafter, self.eos)
         scheduler = Scheduler()
@@ -171,9 +190,9 @@ class Engine:
         while batch := scheduler.schedule():
             for sequence, tokens in loop.step(batch):
                 piece = self._advance(sequence, tokens, texts[id(sequence)]) if tokens else ""
+                yield sequence, piece
                 if sequence.finish_reason is not None:
                     scheduler.retire(sequence)
-                yield sequence, piece
 
     def output(self, sequence: Sequence) -> Output:
         """The result of a sequence; one that has not finished counts as cancelled."""
@@ -207,7 +226,7 @@ class Engine:
         loop = Loop(self.stack, self.policy, Undrafted(), frozenset())
         done = prefill
         # The last prompt row predicts the first token, so it is computed even when it is in the cache.
-        sequence.cache.crop(prefill - 1)
+        sequence.crop(prefill - 1)
         while done < len(tokens):
             segment, _ = loop.plan(sequence)
             segment.meter = meter
@@ -220,12 +239,17 @@ class Engine:
             self.policy.commit(segment, len(segment.tokens))
 
     def _advance(self, sequence: Sequence, tokens: list[int], text: Detokenizer) -> str:
-        """Turn new tokens into text and look for stop strings."""
+        """Turn new tokens into text and look for stop strings; tokens beyond one are dropped."""
         if self.tokenizer is None:
             return ""
-        piece = text.add(tokens)
-        if text.stopped:
-            sequence.finish_reason = "stop"
+        piece = ""
+        for count, token in enumerate(tokens, start=1):
+            piece += text.add([token])
+            if text.stopped:
+                sequence.finish_reason = "stop"
+                del sequence.tokens[len(sequence.tokens) - (len(tokens) - count) :]
+                sequence.crop(len(sequence.tokens) - 1)
+                break
         if sequence.finish_reason is not None:
             piece += text.finish()
         sequence.text = text.text
@@ -235,6 +259,25 @@ class Engine:
         if self.tokenizer is None:
             raise SpringtideError("The engine has no tokenizer: load one, or give token ids and no stop strings.")
         return self.tokenizer
+
+
+def _check_unicode(text: str) -> None:
+    """Raise SpringtideError for text with surrogates, which is how bytes that are not UTF-8 get into a string."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SpringtideError("The prompt holds bytes that are not UTF-8 text; convert it first.") from None
+
+
+def _check_calibration(spec: ModelSpec) -> None:
+    """Raise SpringtideError if the calibration names layers that the model does not have, or not for selecting."""
+    layout = (spec.calibration or {}).get("tidal", {})
+    wrong = [layer for role in ("full", "select") for layer in layout.get(role, ()) if layer not in spec.global_layers]
+    if wrong:
+        raise SpringtideError(
+            f"springtide.json names layer {wrong[0]}, but the model's layers without a sliding window are "
+            f"{', '.join(map(str, spec.global_layers))}; run `springtide calibrate` again or delete the file."
+        )
 
 
 def _eos(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:

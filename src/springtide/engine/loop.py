@@ -28,7 +28,6 @@ class Loop:
     policy: Policy
     drafter: Drafter
     eos: frozenset[int]
-    chunk: int = CHUNK
 
     def step(self, running: Iterable[Sequence]) -> list[tuple[Sequence, list[int]]]:
         """One pass over ``running``; returns the tokens that each sequence gained."""
@@ -52,7 +51,7 @@ class Loop:
         cached, known = sequence.cache.length, len(sequence.tokens)
         start = self.policy.resume(sequence.state, cached, sequence.prefilling)
         if sequence.prefilling:
-            stop = min(start + self.chunk, sequence.prefill_end)
+            stop = min(start + CHUNK, sequence.prefill_end)
             return self._chain(sequence, start, stop, decoding=False)
         if start < cached:
             return self._chain(sequence, start, cached + 1, decoding=False)
@@ -118,7 +117,7 @@ class Loop:
                 sequence.finish_reason = "length"
             if sequence.finish_reason is not None:
                 break
-        sequence.cache.crop(len(sequence.tokens) - 1)
+        sequence.crop(len(sequence.tokens) - 1)
         if kept:
             first = sequence.first_token is None
             sequence.first_token = sequence.first_token or now

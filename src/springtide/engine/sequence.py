@@ -61,6 +61,11 @@ class Sequence:
         """Whether prompt tokens are still to be computed."""
         return self.cache.length < self.prefill_end
 
+    def crop(self, length: int) -> None:
+        """Forget what is cached of the tokens from position ``length`` on; the tokens themselves stay."""
+        self.cache.crop(length)
+        self.state.exact = min(self.state.exact, self.cache.length)
+
     def fork(self) -> Sequence:
         """An independent sequence that goes on from the same tokens."""
         return replace(self, tokens=list(self.tokens), cache=self.cache.fork(), state=copy(self.state))

@@ -44,9 +44,11 @@ class Detokenizer:
         return self._release(len(self._seen))
 
     def _release(self, end: int) -> str:
-        met = [at for at in (self._seen.find(stop, len(self.text)) for stop in self.stop) if at >= 0]
+        found = [(self._seen.find(stop, len(self.text)), stop) for stop in self.stop]
+        met = [(at + len(stop), at) for at, stop in found if at >= 0]
         if met:
-            self.stopped, end = True, min(met)
+            # The one that ends first is met first, however many tokens come at once.
+            self.stopped, end = True, min(met)[1]
         piece = self._seen[len(self.text) : end]
         self.text += piece
         return piece

@@ -7,8 +7,6 @@ ones: it chooses among the candidates, and then among the neighbours of the best
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +25,8 @@ from springtide.engine.rows import Segment
 from springtide.engine.sampling import Sampling
 from springtide.engine.sequence import Sequence as Running
 from springtide.errors import SpringtideError
-from springtide.evaluation.needle import Haystack
+from springtide.evaluation.needle import Haystack, check_fit
+from springtide.evaluation.report import write_json
 
 TEXT_ROWS = 128  # tokens at the end of a plain text that are decoded
 
@@ -114,16 +113,20 @@ def calibrate(
     a number of layers that the model does not have.
     """
     layers = engine.stack.spec.global_layers
+    if len(layers) < 2:
+        raise SpringtideError(
+            f"The model has {len(layers)} layers without a sliding window, but 2 are needed; use the dense policy."
+        )
     if not 1 <= dense_layers < len(layers):
         raise SpringtideError(
             f"{dense_layers} dense layers were asked for, but the model has {len(layers)} layers without a sliding "
             f"window; choose 1 to {len(layers) - 1}."
         )
-    if tidal.budget >= length:
-        raise SpringtideError(f"A budget of {tidal.budget} covers a context of {length}; use a smaller budget.")
+    if not 1 <= tidal.budget < length:
+        raise SpringtideError(f"The budget is {tidal.budget}, but must be at least 1 and below the length, {length}.")
     probe = Probe(tidal=tidal)
     passages = []
-    for tokens, prefill in _texts(engine, text, length, prompts):
+    for tokens, prefill in list(_texts(engine, text, length, prompts)):
         passages.append(_passage(engine, probe, tokens, prefill))
         yield None
     kept = probe.kept(layers)
@@ -172,6 +175,8 @@ def _passage(engine: Engine, probe: Probe, tokens: list[int], prefill: int) -> P
 def _texts(engine: Engine, text: str, length: int, prompts: int) -> Iterator[tuple[list[int], int]]:
     """For each prompt a context with questions, answered in full, and a window of plain text; with their prefill."""
     haystack = Haystack(engine.tokenizer, text, seed=1)
+    if length <= TEXT_ROWS:
+        raise SpringtideError(f"A length of {length} is too short to calibrate at; use more than {TEXT_ROWS}.")
     if len(haystack.book) < length:
         raise SpringtideError(
             f"The text has {len(haystack.book)} tokens, but the length is {length}; "
@@ -179,8 +184,9 @@ def _texts(engine: Engine, text: str, length: int, prompts: int) -> Iterator[tup
         )
     for number in range(prompts):
         trial = haystack.trial(length, number)
-        asked = [token for question in trial.questions for token in haystack.answered(question)]
-        yield trial.context + asked, len(trial.context)
+        tokens = trial.context + haystack.asked(trial)
+        check_fit(engine, length, len(tokens) + 1)
+        yield tokens, len(trial.context)
         start = round(number * (len(haystack.book) - length) / max(1, prompts - 1))
         window = haystack.opening + haystack.book[start : start + length]
         yield window, len(window) - TEXT_ROWS
@@ -194,11 +200,5 @@ def steps(prompts: int, trials: int) -> int:
 def write(calibration: dict[str, Any], folder: Path) -> Path:
     """Write ``springtide.json`` into a model folder, whole or not at all."""
     path = folder / FILE
-    temporary = path.with_name(path.name + ".writing")
-    try:
-        temporary.write_text(json.dumps(calibration, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise SpringtideError(f"'{path}' cannot be written ({error.strerror}); choose another folder.") from None
+    write_json(path, calibration)
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from springtide import facts
 from springtide.attention.tidal import Tidal
@@ -49,7 +50,7 @@ def demo(engine: Engine, book: str) -> dict[str, Any]:
         )
         for name in engines:
             mark = "[green]right[/green]" if row[f"{name}_right"] else "[red]wrong[/red]"
-            console.print(f"  {name:6} {row[name]}  {mark}", highlight=False)
+            console.print(f"  {name:6} {escape(row[name])}  {mark}", highlight=False)
     summary = [_summary(name, answers, outputs[name]) for name in engines]
     console.print()
     print_table(summary)

@@ -17,8 +17,10 @@ from springtide.attention.policy import Policy
 from springtide.engine.engine import Engine
 from springtide.engine.sampling import Sampling
 from springtide.errors import SpringtideError
+from springtide.evaluation.report import labels
 
 DIGITS = 5
+ANSWER = DIGITS + 3  # tokens that an answer may take
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -89,6 +91,10 @@ class Haystack:
         asked = [Question(*item) for item in zip(depths, words, numbers, questions, strict=True)]
         return Trial(context, asked)
 
+    def asked(self, trial: Trial) -> list[int]:
+        """The trial's questions with their right answers, one after the other."""
+        return [token for question in trial.questions for token in self.answered(question)]
+
     def answered(self, question: Question) -> list[int]:
         """The question's tokens and its right answer."""
         full = facts.question(question.word) + facts.answer(question.word, question.digits)
@@ -113,7 +119,7 @@ class Haystack:
 
 def ask(engine: Engine, trial: Trial, policies: Sequence[Policy]) -> list[list[bool]]:
     """Whether each policy answers each question of the trial rightly: ``[policy][question]``."""
-    sampling = Sampling(max_tokens=DIGITS + 3)
+    sampling = Sampling(max_tokens=ANSWER)
     reader = engine.using("dense").start(trial.context, Sampling(max_tokens=1))
     list(engine.using("dense").run([reader]))
     results = []
@@ -128,6 +134,16 @@ def ask(engine: Engine, trial: Trial, policies: Sequence[Policy]) -> list[list[b
     return results
 
 
+def check_fit(engine: Engine, length: int, needed: int) -> None:
+    """Raise SpringtideError if ``needed`` tokens, for a context of ``length`` and what follows, are too many."""
+    limit = engine.stack.spec.context_limit
+    if needed > limit:
+        raise SpringtideError(
+            f"A length of {length} takes {needed} tokens with questions and answers, but the model's context holds "
+            f"{limit}; use a shorter length."
+        )
+
+
 def needle(
     engine: Engine,
     haystack: Haystack,
@@ -136,7 +152,15 @@ def needle(
     trials: int,
     depths: Sequence[float] = DEPTHS,
 ) -> Iterator[Cell | None]:
-    """Cells of every policy, length and depth; None is yielded after every trial, for progress."""
+    """Cells of every policy, length and depth; None is yielded after every trial, for progress.
+
+    Raises SpringtideError, before any work is done, for a length that the text or the model does not have.
+    """
+    for length in lengths:
+        check_fit(engine, length, length + ANSWER)
+        for number in range(trials):
+            haystack.trial(length, number, depths)
+    names = labels(policies)
     for length in lengths:
         right = [[0] * len(depths) for _ in policies]
         for number in range(trials):
@@ -146,9 +170,9 @@ def needle(
                 for i, answer in enumerate(answers):
                     counts[i] += answer
             yield None
-        for policy, counts in zip(policies, right, strict=True):
+        for name, policy, counts in zip(names, policies, right, strict=True):
             for depth, count in zip(depths, counts, strict=True):
-                yield Cell(policy.name, getattr(policy, "budget", None), length, depth, trials, count / trials)
+                yield Cell(name, getattr(policy, "budget", None), length, depth, trials, count / trials)
 
 
 def overall(cells: Sequence[Cell]) -> list[dict[str, Any]]:

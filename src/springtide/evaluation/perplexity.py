@@ -12,6 +12,7 @@ from springtide.attention.policy import Policy
 from springtide.engine.engine import Engine
 from springtide.engine.sampling import Sampling
 from springtide.errors import SpringtideError
+from springtide.evaluation.report import labels
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ def perplexity(
     """
     if length < 2:
         raise SpringtideError(f"A length of {length} leaves nothing to predict; use 2 or more.")
+    limit = engine.stack.spec.context_limit
+    if length >= limit:
+        raise SpringtideError(f"The model's context holds {limit} tokens; use a --length below that, not {length}.")
     if len(text) < length:
         raise SpringtideError(f"The text has {len(text)} tokens, but a window needs {length}; use a shorter --length.")
     half = length // 2
@@ -51,6 +55,6 @@ def perplexity(
     dense = next((v for p, v in zip(policies, values, strict=True) if p.name == "dense"), None)
     count = windows * (length - half)
     yield [
-        Perplexity(p.name, getattr(p, "budget", None), count, value, None if dense is None else value / dense)
-        for p, value in zip(policies, values, strict=True)
+        Perplexity(name, getattr(p, "budget", None), count, value, None if dense is None else value / dense)
+        for name, p, value in zip(labels(policies), policies, values, strict=True)
     ]

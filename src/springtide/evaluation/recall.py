@@ -17,7 +17,9 @@ from springtide.attention.policy import Layer, Policy
 from springtide.engine.engine import Engine
 from springtide.engine.rows import Segment
 from springtide.engine.sampling import Sampling
-from springtide.evaluation.needle import Haystack
+from springtide.errors import SpringtideError
+from springtide.evaluation.needle import Haystack, check_fit
+from springtide.evaluation.report import labels
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,32 @@ class Meter:
 def recall(
     engine: Engine, haystack: Haystack, policies: Sequence[Policy], length: int, trials: int
 ) -> Iterator[list[LayerRecall] | None]:
-    """Recall of every sparse layer while questions and their answers are decoded; yields None after every trial."""
+    """Recall of every sparse layer while questions and their answers are decoded.
+
+    Yields None after every trial, for progress, and the result last. A policy whose budget covers the context reads no
+    selection and has no rows. Raises SpringtideError if no policy would have any, or for a length that the text or the
+    model does not have.
+    """
+    if all(getattr(policy, "budget", length) >= length for policy in policies):
+        raise SpringtideError(
+            f"Every policy reads the whole context of {length} tokens; measure one with a budget below that."
+        )
+    for number in range(trials):
+        trial = haystack.trial(length, number)
+        check_fit(engine, length, len(trial.context) + len(haystack.asked(trial)) + 1)
     meters = [Meter() for _ in policies]
     plain = engine.using("dense")
     for number in range(trials):
         trial = haystack.trial(length, number)
         reader = plain.start(trial.context, Sampling(max_tokens=1))
         list(plain.run([reader]))
-        asked = [token for question in trial.questions for token in haystack.answered(question)]
+        asked = haystack.asked(trial)
         for policy, meter in zip(policies, meters, strict=True):
             under = engine.using(policy)
             list(under.predictions(trial.context + asked, len(trial.context), reader, meter=meter))
         yield None
     yield [
-        LayerRecall(
-            policy.name, getattr(policy, "budget", None), layer, meter.mass[layer] / rows, meter.top_k[layer] / rows
-        )
-        for policy, meter in zip(policies, meters, strict=True)
+        LayerRecall(name, getattr(policy, "budget", None), layer, meter.mass[layer] / rows, meter.top_k[layer] / rows)
+        for name, policy, meter in zip(labels(policies), policies, meters, strict=True)
         for layer, rows in sorted(meter.rows.items())
     ]

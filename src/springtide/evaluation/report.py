@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from springtide.attention.policy import Policy
 from springtide.errors import SpringtideError
 
 
@@ -22,7 +24,7 @@ def check_target(*paths: Path | None) -> None:
         folder = path.parent
         if not folder.is_dir():
             raise SpringtideError(f"'{path}' cannot be written: there is no folder '{folder}'; create it first.")
-        if path.is_dir() or not os.access(folder, os.W_OK):
+        if (path.exists() and not path.is_file()) or not os.access(folder, os.W_OK):
             raise SpringtideError(f"'{path}' cannot be written; choose another place.")
 
 
@@ -33,8 +35,27 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise SpringtideError(f"'{path}' cannot be written ({error.strerror}); choose another place.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def labels(policies: Sequence[Policy]) -> list[str]:
+    """A name for each policy: its own, with the options in which policies of that name differ (but for the budget)."""
+    names = []
+    for policy in policies:
+        alike = [other for other in policies if other.name == policy.name]
+        options = [field.name for field in fields(policy) if field.name != "budget"]
+        varied = [name for name in options if len({getattr(other, name) for other in alike}) > 1]
+        text = ",".join(f"{name}={_option(getattr(policy, name))}" for name in varied)
+        names.append(f"{policy.name}:{text}" if text else policy.name)
+    return names
+
+
+def _option(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(str, value)) or "-"
+    return "none" if value is None else str(value)
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -56,18 +77,30 @@ def _shown(value: Any) -> str:
 
 
 def plot_lines(
-    path: Path, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x: str, y: str, log_x: bool = False
+    path: Path,
+    series: Mapping[str, tuple[Sequence[float | None], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    log_x: bool = False,
 ) -> None:
-    """A picture of named lines ``(xs, ys)``; a line of one point becomes a horizontal one."""
+    """A picture of named lines ``(xs, ys)``; a value that has no x (None) becomes a horizontal line."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    for name, (xs, ys) in series.items():
-        if len(xs) == 1:
-            axes.axhline(ys[0], label=name, color="black", linestyle=":")
+    for number, (name, (xs, ys)) in enumerate(series.items()):
+        if xs[0] is None:
+            axes.axhline(ys[0], label=name, color=f"C{number}", linestyle=":")
         else:
-            axes.plot(xs, ys, marker="o", label=name)
-    if log_x:
+            axes.plot(xs, ys, marker="o", label=name, color=f"C{number}")
+    places = sorted({x for xs, _ in series.values() for x in xs if x is not None})
+    if log_x and places:
         axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.set_xticks(places, [str(place) for place in places])
+    elif places:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    else:
+        axes.set_xticks([])
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
@@ -105,7 +138,7 @@ def _save(figure: Any, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise SpringtideError(f"'{path}' cannot be written ({error.strerror}); choose another place.") from None
     finally:
+        temporary.unlink(missing_ok=True)
         _pyplot().close(figure)

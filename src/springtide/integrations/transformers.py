@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from springtide.attention.calibration import read_calibration
 from springtide.attention.policy import Policy
 from springtide.engine.engine import Engine
 from springtide.engine.sampling import Sampling
 from springtide.errors import SpringtideError
+from springtide.loading import calibration_of
 
-# What the engine does itself; anything else that transformers would apply to logits or to stopping is refused.
+# What the engine does to logits itself, in its order: transformers' name, its attribute, and the engine's option.
 PROCESSORS = {
-    "TemperatureLogitsWarper",
-    "TopKLogitsWarper",
-    "TopPLogitsWarper",
-    "MinPLogitsWarper",
-    "RepetitionPenaltyLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor": ("penalty", "repetition_penalty"),
+    "TemperatureLogitsWarper": ("temperature", "temperature"),
+    "TopKLogitsWarper": ("top_k", "top_k"),
+    "TopPLogitsWarper": ("top_p", "top_p"),
+    "MinPLogitsWarper": ("min_p", "min_p"),
 }
-CRITERIA = {"MaxLengthCriteria", "EosTokenCriteria", "StopStringCriteria"}
+MODES = ("greedy_search", "sample", "assisted_generation")  # an assistant does not change the output
+EXTRAS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
 def hf_generate(
@@ -36,80 +38,139 @@ def hf_generate(
     synced_gpus: bool = False,
     streamer: Any = None,
     policy: Policy | str = "dense",
+    stop_strings: str | list[str] | None = None,
     tokenizer: Any = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """``model.generate(**inputs, custom_generate=springtide.hf_generate, policy="tidal:budget=256")``.
 
     Prompts may be padded on either side, with an attention mask. Temperature, top-k, top-p, min-p, repetition penalty,
-    stop strings, lengths and end-of-sequence tokens come from the generation configuration; sampling follows torch's
+    lengths, end-of-sequence tokens, ``stop_strings`` (with ``tokenizer``), stopping criteria and ``streamer`` are
+    those of ``generate``; a stopping criterion sees one sequence at a time, and no scores. Sampling follows torch's
     global seed. The layers of ``springtide.json`` are used when the model was loaded from a folder that has it.
 
     Returns what ``generate`` returns: ids ``[batch, length]``, padded on the right. Raises SpringtideError for
     anything that the engine does not do, such as beam search.
     """
-    assert generation_config is not None
-    _refuse_unsupported(generation_config, logits_processor, stopping_criteria)
-    folder = Path(model.name_or_path)
-    engine = Engine(model, tokenizer, policy, calibration=read_calibration(folder) if folder.is_dir() else None)
-    mask = model_kwargs.get("attention_mask")
-    seed = int(torch.randint(2**31, (1,))) if generation_config.do_sample else 0
+    if generation_config is None:
+        raise SpringtideError(
+            "Call model.generate with custom_generate=springtide.hf_generate, not hf_generate itself."
+        )
+    _refuse_unsupported(generation_config, model_kwargs)
+    sampling = _sampling(generation_config, logits_processor, input_ids.shape[1])
+    criteria = list(stopping_criteria or ())
+    if stop_strings is not None:
+        criteria.append(_stop_criterion(stop_strings, tokenizer or _kept_back("tokenizer")))
+    streamer = streamer or _kept_back("streamer")
+    if streamer is not None and len(input_ids) > 1:
+        raise SpringtideError(f"A streamer takes one sequence, but there are {len(input_ids)}; leave it out.")
+    training = model.training
+    try:
+        engine = Engine(model, policy=policy, calibration=calibration_of(model))
+        engine.eos = _eos(generation_config)
+        mask = model_kwargs.get("attention_mask")
+        rows = _run(engine, input_ids, mask, sampling, criteria, streamer, _padding(generation_config))
+    finally:
+        model.train(training)
+    return GenerateDecoderOnlyOutput(sequences=rows) if generation_config.return_dict_in_generate else rows
+
+
+def _run(
+    engine: Engine,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    sampling: Sampling,
+    criteria: list[Any],
+    streamer: Any,
+    padding: int,
+) -> Tensor:
+    """Complete the prompts in one batch: ids ``[batch, length]``."""
+    batch, width = input_ids.shape
     sequences = []
     for row, ids in enumerate(input_ids):
         kept = ids if mask is None else ids[mask[row].bool()]
-        sequences.append(engine.start(kept.tolist(), _sampling(generation_config, input_ids.shape[1], seed + row)))
-    engine = _with_eos(engine, generation_config)
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    sent = 0
+        sequences.append(engine.start(kept.tolist(), replace(sampling, seed=sampling.seed + row)))
+    room = min(sampling.max_tokens, engine.stack.spec.context_limit)
+    rows = torch.cat([input_ids, input_ids.new_full((batch, room), padding)], dim=1)
+    done = [0] * batch
+    numbers = {id(sequence): row for row, sequence in enumerate(sequences)}
     for sequence, _ in engine.run(sequences):
-        if streamer is not None:
-            for token in sequence.output[sent:]:
+        row = numbers[id(sequence)]
+        for token in sequence.output[done[row] :]:
+            done[row] += 1
+            end = width + done[row]
+            rows[row, end - 1] = token
+            if streamer is not None:  # generate has given it the prompt already
                 streamer.put(torch.tensor([token]))
-            sent = len(sequence.output)
+            if any(bool(criterion(rows[row : row + 1, :end], None)) for criterion in criteria):
+                sequence.finish_reason = "stop"
+                break
     if streamer is not None:
         streamer.end()
-    pad = generation_config.pad_token_id
-    longest = max(len(sequence.output) for sequence in sequences)
-    filler = pad if pad is not None else next(iter(engine.eos), 0)
-    outputs = torch.tensor([s.output + [filler] * (longest - len(s.output)) for s in sequences])
-    result = torch.cat([input_ids, outputs.to(input_ids.device)], dim=1)
-    return GenerateDecoderOnlyOutput(sequences=result) if generation_config.return_dict_in_generate else result
+    return rows[:, : width + max(done)]
 
 
-def _with_eos(engine: Engine, config: GenerationConfig) -> Engine:
-    """The engine with the end-of-sequence tokens of this call."""
-    ids = config.eos_token_id
-    engine.eos = frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
-    return engine
-
-
-def _sampling(config: GenerationConfig, prompt: int, seed: int) -> Sampling:
-    """The engine's options for a transformers configuration; ``prompt`` is the padded prompt's length."""
-    options: dict[str, Any] = {
-        "max_tokens": config.max_length - prompt,
-        "repetition_penalty": config.repetition_penalty or 1.0,
-        "seed": seed,
-        "stop": tuple([config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or ()),
-    }
+def _sampling(config: GenerationConfig, processors: Any, width: int) -> Sampling:
+    """The engine's options for what transformers would apply to logits; ``width`` is the padded prompt's length."""
+    known, options = list(PROCESSORS), {}
+    last = -1
+    for processor in processors or ():
+        name = type(processor).__name__
+        if name not in known or isinstance(getattr(processor, "prompt_ignore_length", None), int):
+            raise SpringtideError(
+                f"Springtide does not apply the logits processor {name}; leave it or custom_generate out."
+            )
+        if known.index(name) <= last:
+            raise SpringtideError(
+                f"Springtide applies {', '.join(known)} once and in this order; give options instead."
+            )
+        last = known.index(name)
+        attribute, option = PROCESSORS[name]
+        options[option] = getattr(processor, attribute)
     if config.do_sample:
-        options |= {
-            "temperature": 1.0 if config.temperature is None else config.temperature,
-            "top_k": config.top_k or 0,
-            "top_p": 1.0 if config.top_p is None else config.top_p,
-            "min_p": config.min_p or 0.0,
-        }
-    return Sampling(**options)
+        options = {"temperature": 1.0, "seed": int(torch.randint(2**31, (1,))), **options}
+    else:
+        options = {name: value for name, value in options.items() if name == "repetition_penalty"}
+    return Sampling(max_tokens=config.max_length - width, **options)
 
 
-def _refuse_unsupported(config: GenerationConfig, processors: Any, criteria: Any) -> None:
-    if (config.num_beams or 1) > 1:
-        raise SpringtideError("Springtide has no beam search; use num_beams=1 or leave out custom_generate.")
-    for kind, found, known in (
-        ("logits processor", processors, PROCESSORS),
-        ("stopping criterion", criteria, CRITERIA),
-    ):
-        for item in found or ():
-            name = type(item).__name__
-            if name not in known:
-                raise SpringtideError(f"Springtide does not apply the {kind} {name}; leave it or custom_generate out.")
+def _refuse_unsupported(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    mode = config.get_generation_mode().value
+    if mode not in MODES:
+        raise SpringtideError(f"Springtide has no {mode.replace('_', ' ')}; leave it or custom_generate out.")
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise SpringtideError(
+            "Springtide reads token ids, not inputs_embeds; give input_ids or leave custom_generate out."
+        )
+    extras = [name for name in EXTRAS if config.return_dict_in_generate and getattr(config, name, False)]
+    if extras:
+        raise SpringtideError(f"Springtide does not return what {extras[0]} asks for; leave it or custom_generate out.")
+
+
+def _stop_criterion(stop_strings: str | list[str], tokenizer: Any) -> StopStringCriteria:
+    if tokenizer is None:
+        raise SpringtideError("stop_strings need the tokenizer; give generate tokenizer=... as well.")
+    return StopStringCriteria(tokenizer, stop_strings)
+
+
+def _kept_back(name: str) -> Any:
+    """``tokenizer`` or ``streamer`` as given to transformers' ``generate``, None if it was not.
+
+    Up to version 5.23 ``generate`` takes both and hands neither on to a callable, so they are looked up in its call:
+    the nearest ``no_grad`` wrapper, which ``generate`` has.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "decorate_context":
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("kwargs", {}).get(name)
+
+
+def _eos(config: GenerationConfig) -> frozenset[int]:
+    ids = config.eos_token_id
+    return frozenset([] if ids is None else torch.as_tensor(ids).flatten().tolist())
+
+
+def _padding(config: GenerationConfig) -> int:
+    """What fills a row after its end: the padding token, else the first that ends a sequence, as in transformers."""
+    ids = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
+    return 0 if ids is None else int(torch.as_tensor(ids).flatten()[0])

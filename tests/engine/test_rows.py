@@ -1,0 +1,91 @@
+"""What a row may see, by its definition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from springtide.engine.cache import Cache
+from springtide.engine.rows import PREFIX, Segment
+
+
+@st.composite
+def segments(draw):
+    """Random trees (several rows may follow the prefix directly) behind a random prefix."""
+    count, prefix = draw(st.integers(1, 12)), draw(st.integers(0, 30))
+    if draw(st.booleans()):
+        parents = list(range(-1, count - 1))
+    else:
+        parents = [draw(st.integers(PREFIX, row - 1)) for row in range(count)]
+    return Segment(Cache(1), prefix, [0] * count, parents, decoding=True, state=None)
+
+
+def ancestors(segment, row):
+    """The row and those above it."""
+    return {row} if segment.parents[row] == PREFIX else {row} | ancestors(segment, segment.parents[row])
+
+
+def may_see(segment, row, slot, window):
+    """Slots of the prefix and those of the row's ancestors, less those ``window`` or more positions back."""
+    if slot < segment.prefix:
+        position = slot
+    elif slot - segment.prefix in ancestors(segment, row):
+        position = segment.prefix + len(ancestors(segment, slot - segment.prefix)) - 1
+    else:
+        return False
+    own = segment.prefix + len(ancestors(segment, row)) - 1
+    return window is None or own - position < window
+
+
+@settings(deadline=None, max_examples=200)
+@given(segments(), st.one_of(st.none(), st.integers(1, 40)), st.data())
+def test_visible_is_its_definition(segment, window, data):
+    # As a sliding layer does: leave out slots that no row can see, and no others.
+    earliest = 0 if window is None else max(0, segment.prefix - window + 1)
+    start = data.draw(st.sampled_from([0, earliest]))
+    expected = torch.tensor(
+        [
+            [may_see(segment, row, slot, window) for slot in range(start, segment.length)]
+            for row in range(len(segment.tokens))
+        ]
+    )
+    got = segment.visible(window, start)
+    if got is None:
+        assert expected.all()
+    else:
+        assert got.dtype == torch.bool and torch.equal(got, expected)
+    assert not any(may_see(segment, row, slot, window) for row in range(len(segment.tokens)) for slot in range(start))
+
+
+@settings(deadline=None, max_examples=50)
+@given(segments())
+def test_positions_follow_the_parents(segment):
+    for row, parent in enumerate(segment.parents):
+        before = segment.prefix - 1 if parent == PREFIX else segment.positions[parent]
+        assert segment.positions[row] == before + 1
+    assert segment.length == segment.prefix + len(segment.tokens)
+
+
+def test_a_chain_and_the_same_rows_given_as_a_tree_see_the_same():
+    chain = Segment.chain(Cache(1), 4, [7, 8, 9], decoding=True, state=None)
+    tree = Segment(Cache(1), 4, [7, 8, 9], [PREFIX, 0, 1], decoding=True, state=None)
+    assert chain.positions == tree.positions == [4, 5, 6]
+    assert torch.equal(chain.visible(), tree.visible())
+    assert torch.equal(chain.visible(2, 3), tree.visible(2, 3))
+
+
+def test_one_row_needs_no_mask_unless_its_window_hides_something():
+    one = Segment.chain(Cache(1), 9, [1], decoding=True, state=None)
+    assert one.visible() is None and one.visible(10) is None and one.visible(3, 7) is None
+    assert one.visible(9).tolist() == [[False] + [True] * 9]
+
+
+def test_masks_of_other_windows_and_of_changed_rows_are_not_mixed_up():
+    segment = Segment.chain(Cache(1), 2, [1, 2, 3], decoding=True, state=None)
+    wide, narrow = segment.visible(), segment.visible(2)
+    assert not torch.equal(wide, narrow)
+    assert torch.equal(segment.visible(), wide)
+    assert replace(segment, tokens=[1], parents=[PREFIX]).visible() is None

@@ -1,0 +1,71 @@
+"""Perplexity is the exponential of the mean cross entropy."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import springtide
+from folders import BOOK, VOCAB, tokenizer
+from springtide import SpringtideError
+from springtide.attention import Tidal
+from springtide.engine.engine import Engine
+from springtide.evaluation.perplexity import Perplexity, perplexity
+from tiny import tiny
+
+LAYERS = {"full": (0,), "select": 1, "reselect": (3,)}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return springtide.load(tiny("qwen3", vocab_size=VOCAB, max_position_embeddings=1024), tokenizer())
+
+
+@pytest.fixture(scope="module")
+def text() -> list[int]:
+    return tokenizer().encode(BOOK)[:700]
+
+
+def measured(*args) -> list[Perplexity]:
+    *steps, result = perplexity(*args)
+    assert set(steps) == {None}
+    return result
+
+
+@pytest.mark.parametrize(("length", "windows"), [(200, 3), (201, 1), (700, 1)])
+def test_dense_equals_transformers(engine, text, length, windows):
+    losses = []
+    for window in range(windows):
+        start = round(window * (len(text) - length) / max(1, windows - 1))
+        ids = torch.tensor([text[start : start + length]])
+        with torch.no_grad():
+            logits = engine.stack.model(ids).logits[0]
+        half = length // 2
+        losses.append(cross_entropy(logits[half - 1 : -1], ids[0, half:], reduction="none"))
+    (row,) = measured(engine, text, [engine.policy], length, windows)
+    assert row.perplexity == pytest.approx(math.exp(torch.cat(losses).double().mean()), rel=1e-4)
+    assert row.tokens == windows * (length - length // 2)
+    assert row.ratio_to_dense == 1.0
+
+
+def test_ratio_to_dense(engine, text):
+    tight, wide = (Tidal(budget=budget, **LAYERS) for budget in (16, 600))
+    dense, sparse, covering = measured(engine, text, [engine.policy, tight, wide], 300, 2)
+    assert sparse.ratio_to_dense == pytest.approx(sparse.perplexity / dense.perplexity)
+    assert sparse.perplexity != pytest.approx(dense.perplexity, rel=1e-4)
+    assert covering.ratio_to_dense == pytest.approx(1.0, rel=1e-5)
+    assert (sparse.policy, sparse.budget) == ("tidal", 16)
+    (alone,) = measured(engine, text, [tight], 300, 2)
+    assert alone.ratio_to_dense is None
+    assert alone.perplexity == pytest.approx(sparse.perplexity)
+
+
+@pytest.mark.parametrize(
+    ("length", "message"), [(1, "leaves nothing"), (701, "The text has 700 tokens"), (1024, "context holds 1024")]
+)
+def test_lengths_that_cannot_be(engine, text, length, message):
+    with pytest.raises(SpringtideError, match=message):
+        measured(engine, text, [engine.policy], length, 1)

@@ -1,0 +1,72 @@
+"""Recall of selections whose recall is known."""
+
+from __future__ import annotations
+
+import pytest
+
+import springtide
+from folders import BOOK, VOCAB, tokenizer
+from springtide import SpringtideError
+from springtide.attention import Oracle, Streaming, Tidal
+from springtide.engine.engine import Engine
+from springtide.evaluation.needle import Haystack
+from springtide.evaluation.recall import LayerRecall, recall
+from tiny import tiny
+
+LENGTH = 400
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return springtide.load(tiny("qwen3", vocab_size=VOCAB, max_position_embeddings=1024), tokenizer())
+
+
+@pytest.fixture(scope="module")
+def haystack() -> Haystack:
+    return Haystack(tokenizer(), BOOK)
+
+
+def measured(engine, haystack, policies, length=LENGTH, trials=1) -> list[LayerRecall]:
+    *steps, result = recall(engine, haystack, policies, length, trials)
+    assert steps == [None] * trials
+    return result
+
+
+def test_the_oracle_reads_the_true_top_tokens(engine, haystack):
+    rows = measured(engine, haystack, [Oracle(budget=64, skip=1)], trials=2)
+    assert [(row.policy, row.budget, row.layer) for row in rows] == [("oracle", 64, layer) for layer in (1, 2, 3)]
+    assert all(row.top_k > 0.98 for row in rows)
+    assert all(0 < row.mass <= 1 + 1e-5 for row in rows)
+
+
+def test_nothing_holds_more_than_the_oracle_and_more_budget_holds_more(engine, haystack):
+    layers = {"full": (0,), "select": 1, "reselect": ()}
+    policies = [Oracle(budget=64, skip=2), Tidal(budget=64, **layers), Streaming(budget=64), Streaming(budget=300)]
+    mass = {(row.policy, row.budget, row.layer): row.mass for row in measured(engine, haystack, policies)}
+    for layer in (2, 3):
+        best = mass["oracle", 64, layer]
+        assert mass["tidal", 64, layer] < best
+        assert mass["streaming", 64, layer] < best
+        assert mass["streaming", 64, layer] < mass["streaming", 300, layer] <= 1 + 1e-5
+
+
+def test_layers_that_stay_dense_have_no_rows(engine, haystack):
+    rows = measured(engine, haystack, [engine.policy, Tidal(budget=64, full=(0, 2), select=1, reselect=())])
+    assert [(row.policy, row.layer) for row in rows] == [("tidal", 3)]
+
+
+def test_a_policy_whose_budget_covers_the_context_has_no_rows(engine, haystack):
+    rows = measured(engine, haystack, [Streaming(budget=900), Streaming(budget=32)])
+    assert {row.budget for row in rows} == {32}
+
+
+@pytest.mark.parametrize("policy", ["dense", "streaming:budget=900"])
+def test_nothing_to_measure_is_an_error(engine, haystack, policy):
+    with pytest.raises(SpringtideError, match="Every policy reads the whole context of 400 tokens"):
+        measured(engine, haystack, [engine.resolve(policy)])
+
+
+@pytest.mark.parametrize(("length", "message"), [(50, "too short for 5 facts"), (1000, "context holds 1024")])
+def test_lengths_that_cannot_be(engine, haystack, length, message):
+    with pytest.raises(SpringtideError, match=message):
+        measured(engine, haystack, [Streaming(budget=32)], length)

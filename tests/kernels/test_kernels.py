@@ -1,0 +1,152 @@
+"""Every attention kernel computes softmax(q k / sqrt d) v, on whatever shapes and masks come."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from springtide import kernels
+from springtide.kernels import reference
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2}
+
+
+@st.composite
+def cases(draw):
+    """``q, k, v, mask, softcap``: random tensors, and a mask in which every row sees something, or none."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from(list(TOLERANCE)))
+    rows, kv_heads, group = draw(st.integers(1, 9)), draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))
+    length, head_dim = draw(st.integers(1, 70)), draw(st.sampled_from([32, 64, 80, 128, 256]))
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    # Queries come to the kernels as a transposed view, the cache as a slice of a longer buffer.
+    q = normal(kv_heads * group, rows, head_dim).transpose(0, 1)
+    k, v = (normal(kv_heads, length + 5, head_dim)[:, 2 : length + 2] for _ in range(2))
+    mask = None
+    if draw(st.booleans()):
+        mask = torch.rand(rows, length, generator=generator) < draw(st.sampled_from([0.1, 0.5, 0.9]))
+        mask[torch.arange(rows), torch.randint(length, (rows,), generator=generator)] = True
+    return q, k, v, mask, draw(st.sampled_from([None, None, 2.0]))
+
+
+def naive(q, k, v, scale, visible, softcap=None):
+    """One row and one head at a time in fp64; ``visible(row, kv_head)`` lists the slots that are read."""
+    rows, heads, _ = q.shape
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for row in range(rows):
+        for head in range(heads):
+            kv_head = head * k.shape[0] // heads
+            slots = visible(row, kv_head)
+            logits = [float(q[row, head].double() @ k[kv_head, slot].double()) * scale for slot in slots]
+            if softcap is not None:
+                logits = [softcap * math.tanh(x / softcap) for x in logits]
+            weights = [math.exp(x - max(logits)) for x in logits]
+            for slot, weight in zip(slots, weights, strict=True):
+                out[row, head] += weight / sum(weights) * v[kv_head, slot].double()
+    return out
+
+
+def assert_near(got, expected, dtype=None):
+    """Within the tolerance of ``dtype`` (default: ``got``'s own), relative to the largest value."""
+    assert got.shape == expected.shape
+    error = (got.double() - expected.double()).abs().max() / expected.abs().max()
+    assert error <= TOLERANCE[dtype or got.dtype]
+
+
+@settings(deadline=None, max_examples=25)
+@given(cases())
+def test_reference_is_the_formula(case):
+    q, k, v, mask, softcap = case
+    q, k, v, mask = q[:3], k[:, :20], v[:, :20], None if mask is None else mask[:3, :20].clone()
+    if mask is not None:
+        mask[:, 0] = True
+    seen = torch.ones(len(q), k.shape[1], dtype=torch.bool) if mask is None else mask
+    expected = naive(q, k, v, 0.3, lambda row, _: seen[row].nonzero()[:, 0].tolist(), softcap)
+    assert_near(reference.attend(q, k, v, 0.3, mask, softcap), expected)
+
+
+@settings(deadline=None, max_examples=80)
+@given(cases())
+def test_attend_equals_reference(case):
+    q, k, v, mask, softcap = case
+    scale = q.shape[2] ** -0.5
+    got = kernels.attend(q, k, v, scale, mask, softcap)
+    assert got.dtype == q.dtype
+    assert_near(got, reference.attend(q.double(), k.double(), v.double(), scale, mask, softcap))
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases(), st.integers(1, 40), st.integers(0, 2**31))
+def test_gathered_equals_attend_with_that_mask(case, budget, seed):
+    """The same slots for all heads of a row: reading them alone is reading everything under a mask."""
+    q, k, v, _, softcap = case
+    generator = torch.Generator().manual_seed(seed)
+    rows, length = len(q), k.shape[1]
+    # Each row's own slots, in any order.
+    index = torch.stack([torch.randperm(length, generator=generator)[:budget] for _ in range(rows)])
+    valid = torch.rand(index.shape, generator=generator) < 0.7
+    valid[:, 0] = True
+    mask = torch.zeros(rows, length, dtype=torch.bool).scatter(1, index, valid)
+    index, valid = (x[:, None].expand(-1, k.shape[0], -1) for x in (index, valid))
+    got = kernels.attend_gathered(q, k, v, index, 0.2, valid, softcap)
+    assert_near(got, kernels.attend(q.double(), k.double(), v.double(), 0.2, mask, softcap))
+
+
+@settings(deadline=None, max_examples=20)
+@given(cases(), st.integers(1, 12), st.integers(0, 2**31))
+def test_gathered_reads_each_kv_heads_own_slots(case, budget, seed):
+    q, k, v, _, softcap = case
+    q = q[:3]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(len(q), *k.shape[:2], generator=generator).argsort(-1)
+    index = order[..., :budget]
+    expected = naive(q, k, v, 0.2, lambda row, kv_head: index[row, kv_head].tolist(), softcap)
+    assert_near(kernels.attend_gathered(q, k, v, index, 0.2, softcap=softcap), expected)
+
+
+@settings(deadline=None, max_examples=20)
+@given(cases())
+def test_scores_are_the_scaled_and_capped_products(case):
+    q, k, _, _, softcap = case
+    got = kernels.scores(q, k, 0.7, softcap)
+    grouped = q.double().unflatten(1, (k.shape[0], -1))
+    expected = torch.stack([grouped[:, head] @ k[head].double().T * 0.7 for head in range(k.shape[0])], dim=1)
+    if softcap is not None:
+        expected = softcap * (expected / softcap).tanh()
+    assert got.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    assert_near(got, expected, q.dtype)
+
+
+def test_softcap_bounds_the_logits():
+    q = torch.full((1, 1, 32), 100.0)
+    k = torch.cat([torch.full((1, 1, 32), 100.0), torch.zeros(1, 1, 32)], dim=1)
+    v = torch.eye(2, 32)[None]
+    weights = kernels.attend(q, k, v, 1.0, softcap=2.0)[0, 0, :2]
+    torch.testing.assert_close(weights, torch.tensor([2.0, 0.0]).softmax(-1))
+
+
+@pytest.mark.parametrize("attend", [kernels.attend, reference.attend])
+def test_masked_slots_do_not_count_even_with_the_largest_logit(attend):
+    q, k, v = torch.ones(1, 1, 32), torch.ones(1, 2, 32), torch.ones(1, 2, 32)
+    k[:, 1], v[:, 1] = 1e3, 1e6
+    assert torch.equal(attend(q, k, v, 1.0, torch.tensor([[True, False]])), torch.ones(1, 1, 32))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**31), st.integers(1, 60), st.integers(1, 80))
+def test_select_gives_the_highest_in_ascending_order(seed, length, budget):
+    ranking = torch.randn(3, 2, length, generator=torch.Generator().manual_seed(seed))
+    got = kernels.select(ranking, budget)
+    assert got.shape == (3, 2, min(budget, length))
+    for row in range(3):
+        for head in range(2):
+            values = ranking[row, head].tolist()
+            best = sorted(range(length), key=lambda i: -values[i])[:budget]
+            assert got[row, head].tolist() == sorted(best)

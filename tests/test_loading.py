@@ -1,0 +1,398 @@
+"""From a folder or a model to an engine, and what the engine does with good and bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import springtide
+from folders import VOCAB, edit_json, save_model, tokenizer
+from springtide import SpringtideError
+from springtide.attention import Tidal
+from springtide.drafting.tree import TokenTree
+from springtide.engine.engine import Engine
+from tiny import random_tokens, tiny
+
+PROMPT = "The ship left the harbour"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def fresh(tmp_path) -> Path:
+    """A folder to break."""
+    return save_model(tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def engine(folder) -> Engine:
+    return springtide.load(folder)
+
+
+# -- what can be loaded --------------------------------------------------------------------------------------------
+
+
+def test_a_folder_gives_the_models_own_tokens(folder, engine):
+    model, words = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = words(PROMPT, return_tensors="pt").input_ids
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+    expected = expected[0, ids.shape[1] :].tolist()
+    for where in (folder, str(folder)):
+        output = springtide.load(where).generate(PROMPT, max_tokens=12)
+        assert output.token_ids == expected
+        assert output.text == words.decode(expected)
+        assert output.finish_reason == "length"
+
+
+def test_a_loaded_model_with_and_without_a_tokenizer(folder, engine):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = engine.generate(PROMPT, max_tokens=6)
+    for words in (tokenizer(), folder, str(folder)):
+        assert springtide.load(model, words).generate(PROMPT, max_tokens=6).text == expected.text
+    bare = springtide.load(model)
+    output = bare.generate(tokenizer().encode(PROMPT), max_tokens=6)
+    assert (output.text, output.token_ids) == ("", expected.token_ids)
+    with pytest.raises(SpringtideError, match="no tokenizer"):
+        bare.generate(PROMPT)
+    with pytest.raises(SpringtideError, match="no tokenizer"):
+        bare.stream(tokenizer().encode(PROMPT))
+
+
+def test_a_folder_with_another_tokenizer(folder, fresh):
+    (fresh / "tokenizer.json").unlink()
+    assert springtide.load(fresh, tokenizer()).generate(PROMPT, max_tokens=2).text
+    assert springtide.load(fresh, folder).generate(PROMPT, max_tokens=2).text
+
+
+@pytest.mark.parametrize(
+    ("wanted", "got"), [(None, torch.float32), ("bfloat16", torch.bfloat16), (torch.float64, torch.float64)]
+)
+def test_dtype(folder, wanted, got):
+    engine = springtide.load(folder, dtype=wanted)
+    assert engine.stack.model.dtype == got
+    sequence = engine.start(engine.encode(PROMPT), springtide.Sampling(max_tokens=2))
+    list(engine.run([sequence]))
+    assert sequence.cache.read(0, 0, 1)[0].dtype == got
+
+
+def test_the_checkpoints_dtype_is_kept(tmp_path):
+    folder = save_model(tmp_path, dtype=torch.bfloat16)
+    assert springtide.load(folder).stack.model.dtype == torch.bfloat16
+
+
+def test_calibration_is_used_by_a_folder_and_by_a_model_loaded_from_it(fresh):
+    (fresh / "springtide.json").write_text(json.dumps({"tidal": {"full": [], "select": [0, 2]}}))
+    for model in (fresh, AutoModelForCausalLM.from_pretrained(fresh)):
+        policy = springtide.load(model, policy="tidal:budget=8").policy
+        assert (policy.full, policy.select, policy.reselect) == ((), 0, (2,))
+    with pytest.warns(UserWarning, match="not calibrated"):
+        springtide.load(fresh, policy="tidal:budget=8", calibrated=False)
+
+
+def test_a_model_that_came_from_no_folder_does_not_take_the_working_folders_calibration(tmp_path, monkeypatch):
+    (tmp_path / "springtide.json").write_text("{")
+    monkeypatch.chdir(tmp_path)
+    springtide.load(tiny("qwen3"))
+
+
+def test_shards_and_tied_embeddings(tmp_path):
+    folder = save_model(tmp_path, tie_word_embeddings=True)
+    whole = springtide.load(folder).generate(PROMPT, max_tokens=6).token_ids
+    (folder / WEIGHTS).unlink()
+    tiny("qwen3", vocab_size=VOCAB, max_position_embeddings=1024, tie_word_embeddings=True).save_pretrained(
+        folder, max_shard_size="60KB"
+    )
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert springtide.load(folder).generate(PROMPT, max_tokens=6).token_ids == whole
+
+
+# -- what cannot ---------------------------------------------------------------------------------------------------
+
+
+def drop_tensor(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def put_nan(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 3] = torch.nan
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def truncate(folder: Path) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def lose_shard(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    tiny("qwen3", vocab_size=VOCAB, max_position_embeddings=1024).save_pretrained(folder, max_shard_size="60KB")
+    next(folder.glob("model-00002-of-*")).unlink()
+
+
+def write(name: str, content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def configure(**settings: object) -> Callable[[Path], object]:
+    return lambda folder: edit_json(folder / "config.json", lambda config: config.update(settings))
+
+
+def lose_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+    "config is no JSON": (write("config.json", "{"), r"config\.json' is broken"),
+    "config is no object": (write("config.json", "[]"), r"config\.json' is broken"),
+    "config is empty": (write("config.json", "{}"), "names no model_type"),
+    "config is nonsense": (configure(hidden_size="many"), r"config\.json' cannot be used .*hidden_size"),
+    "config of another size": (configure(hidden_size=64), "of another shape than config.json says"),
+    "impossible config": (configure(num_attention_heads=0), "cannot be read"),
+    "unsupported architecture": (configure(model_type="gpt2"), "Architecture 'gpt2' is not supported.*Llama, .*Qwen3"),
+    "unknown architecture": (configure(model_type="nosuch"), "Architecture 'nosuch' is not supported"),
+    "own code": (
+        configure(model_type="nosuch", auto_map={"AutoConfig": "configuration_nosuch.NoSuch"}),
+        "Architecture 'nosuch' is not supported",
+    ),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "holds no weights"),
+    "half a file": (truncate, "weights .* cannot be read .*download the model again"),
+    "lost shard": (lose_shard, "lacks 1 of . weight files, such as 'model-00002"),
+    "broken index": (write(INDEX, "{"), "index.json' is broken"),
+    "index that says nothing": (write(INDEX, '{"weight_map": []}'), "does not say where the weights are"),
+    "lost tensor": (drop_tensor, "lack 1 tensor .*such as 'model.layers.1.mlp.up_proj.weight'"),
+    "NaN": (put_nan, "Tensor 'model.layers.2.mlp.up_proj.weight' .* NaN"),
+    "broken generation config": (write("generation_config.json", "{"), "generation_config.json' is broken"),
+    "no tokenizer": (lose_tokenizer, "no usable tokenizer"),
+    "no tokenizer.json": (lambda folder: (folder / "tokenizer.json").unlink(), "no usable tokenizer"),
+    "broken tokenizer": (write("tokenizer.json", '{"version": "1.0"}'), "no usable tokenizer"),
+    "broken tokenizer config": (write("tokenizer_config.json", "[]"), "no usable tokenizer"),
+    "broken calibration": (write("springtide.json", "{"), r"springtide\.json' is broken"),
+    "empty calibration": (write("springtide.json", "{}"), r"springtide\.json' is broken"),
+    "calibration of another model": (
+        write("springtide.json", '{"tidal": {"full": [0], "select": [1, 9]}}'),
+        r"springtide\.json names layer 9, .* 0, 1, 2, 3; run `springtide calibrate` again",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_folder_is_refused_with_a_sentence(fresh, case, capfd, monkeypatch):
+    damage, message = BROKEN[case]
+    damage(fresh)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked the user"))
+    with pytest.raises(SpringtideError, match=message) as caught:
+        springtide.load(fresh)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(".")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_calibration_of_another_model_does_not_hinder_calibrating(fresh):
+    write("springtide.json", "{")(fresh)
+    springtide.load(fresh, calibrated=False)
+
+
+@pytest.mark.parametrize("name", ["nosuch", "some/model", ""])
+def test_no_such_folder(name):
+    with pytest.raises(SpringtideError, match=f"There is no model folder '{name}'"):
+        springtide.load(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "Unknown dtype 'int8': choose one of float32"),
+        ({"dtype": torch.int8}, "Unknown dtype"),
+        ({"device": "gpu"}, "Unknown device 'gpu': use cpu, cuda"),
+        ({"device": "meta"}, "Unknown device 'meta'"),
+        ({"device": "cuda:99"}, "Device 'cuda:99' cannot be used"),
+        ({"policy": "fast"}, "Unknown policy 'fast': choose one of dense, tidal"),
+        ({"policy": "tidal:speed=2"}, "no option 'speed'; its options are: budget"),
+        ({"policy": "tidal:budget=many"}, "must be a whole number"),
+        ({"policy": "tidal:budget=0"}, "at least 1"),
+        ({"policy": "tidal:full=0,select=17,reselect=2"}, "no layer 17"),
+    ],
+)
+def test_bad_options(folder, options, message):
+    with pytest.raises(SpringtideError, match=message):
+        springtide.load(folder, **options)
+
+
+def test_a_loaded_model_is_not_converted_behind_the_users_back():
+    with pytest.raises(SpringtideError, match=r"model\.to\(dtype\)"):
+        springtide.load(tiny("qwen3"), dtype="bfloat16")
+
+
+def test_a_loaded_model_of_an_unsupported_architecture():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20))
+    with pytest.raises(SpringtideError, match="Architecture 'gpt2' is not supported; supported are Llama"):
+        springtide.load(model)
+
+
+# -- the engine ----------------------------------------------------------------------------------------------------
+
+
+def test_prompts_may_be_text_or_ids_one_or_many(engine):
+    ids = engine.encode(PROMPT)
+    one = engine.generate(PROMPT, max_tokens=5)
+    assert engine.generate(ids, max_tokens=5).token_ids == one.token_ids
+    for many in ([PROMPT, PROMPT], [ids, ids], [PROMPT, ids]):
+        assert [output.token_ids for output in engine.generate(many, max_tokens=5)] == [one.token_ids] * 2
+    assert [output.token_ids for output in engine.generate([PROMPT], max_tokens=5)] == [one.token_ids]
+    assert engine.generate(torch.tensor(ids), max_tokens=5).token_ids == one.token_ids
+    assert engine.generate(torch.tensor([ids]), max_tokens=5)[0].token_ids == one.token_ids
+    assert engine.generate([], max_tokens=5) == []
+
+
+def test_a_ragged_batch_gives_what_each_prompt_gives_alone(engine):
+    prompts = [random_tokens(n, seed=n, vocab=VOCAB) for n in (1, 40, 7, 600)]
+    alone = [engine.generate(prompt, max_tokens=8).token_ids for prompt in prompts]
+    assert [output.token_ids for output in engine.generate(prompts, max_tokens=8)] == alone
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"stop": ("e", "a")}])
+def test_a_stream_is_the_text_in_pieces(engine, options):
+    options = {"max_tokens": 24, **options}
+    pieces = list(engine.stream(PROMPT, **options))
+    assert all(pieces)
+    assert "".join(pieces) == engine.generate(PROMPT, **options).text
+
+
+def test_stop_strings_end_the_text_before_them(engine):
+    whole = engine.generate(PROMPT, max_tokens=24).text
+    stop = whole[7:10]
+    output = engine.generate(PROMPT, max_tokens=24, stop=stop)
+    assert output.text == whole[: whole.index(stop)]
+    assert output.finish_reason == "stop"
+    assert len(output.token_ids) < 24
+    with pytest.raises(SpringtideError, match="no tokenizer"):
+        springtide.load(tiny("qwen3")).generate(random_tokens(5), stop="a")
+
+
+class Foresight:
+    """Drafts a chain of the tokens to come."""
+
+    def __init__(self, truth: list[int]) -> None:
+        self.truth = truth
+
+    def propose(self, tokens):
+        chain = [*tokens[-1:], *self.truth[len(tokens) : len(tokens) + 6]]
+        return TokenTree(chain, list(range(-1, len(chain) - 1)))
+
+
+def test_tokens_drafted_beyond_a_stop_string_are_dropped(engine):
+    ids = engine.encode(PROMPT)
+    whole = engine.generate(ids, max_tokens=24)
+    drafted = Engine(engine.stack.model, tokenizer(), drafter=Foresight([*ids, *whole.token_ids]))
+    assert drafted.generate(ids, max_tokens=24).token_ids == whole.token_ids
+    for at in range(2, 20, 3):
+        options = {"max_tokens": 24, "stop": whole.text[at : at + 2]}
+        expected, output = engine.generate(ids, **options), drafted.generate(ids, **options)
+        assert (output.text, output.token_ids) == (expected.text, expected.token_ids)
+        assert output.finish_reason == expected.finish_reason == "stop"
+
+
+def test_end_of_sequence_ends_the_output(folder):
+    engine = springtide.load(folder)
+    ids = engine.generate(PROMPT, max_tokens=12).token_ids
+    engine.eos = frozenset([ids[4]])
+    output = engine.generate(PROMPT, max_tokens=12)
+    assert output.token_ids == ids[: ids.index(ids[4]) + 1]
+    assert output.finish_reason == "stop"
+    assert engine.generate(PROMPT, max_tokens=12, ignore_eos=True).token_ids == ids
+
+
+def test_the_context_limit_ends_the_output(engine):
+    output = engine.generate(random_tokens(1020, vocab=VOCAB), max_tokens=50)
+    assert (len(output.token_ids), output.finish_reason) == (4, "length")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "prompt is empty"),
+        ([[]], {}, "prompt is empty"),
+        ([PROMPT, ""], {}, "prompt is empty"),
+        ([0, VOCAB], {}, f"between 0 and {VOCAB - 1}"),
+        ([-1], {}, "between 0 and"),
+        ([5] * 1024, {}, "1024 tokens, but the model's context holds 1024"),
+        ([0.5, 1.5], {}, "text or a list of token ids"),
+        ([3, "x"], {}, "text or a list of token ids"),
+        ("bytes \udcff", {}, "not UTF-8"),
+        (PROMPT, {"max_tokens": 0}, "max_tokens must be at least 1"),
+        (PROMPT, {"stop": ""}, "a stop string must not be empty"),
+        (PROMPT, {"max_length": 5}, "Unknown generation option 'max_length'; the options are: max_tokens, temperature"),
+    ],
+)
+def test_bad_requests(engine, prompt, options, message):
+    with pytest.raises(SpringtideError, match=message):
+        engine.generate(prompt, **options)
+
+
+def test_chat(engine):
+    messages = [{"role": "user", "content": "What is it?"}]
+    assert engine.encode("\n\nQuestion: What is it? Answer:") == engine.render(messages)
+    output = engine.chat(messages, max_tokens=4)
+    assert output.token_ids == engine.generate(engine.render(messages), max_tokens=4).token_ids
+
+
+def test_chat_that_cannot_be(engine):
+    with pytest.raises(SpringtideError, match=r"does not take these messages: .*empty"):
+        engine.chat([])
+    with pytest.raises(SpringtideError, match="not UTF-8"):
+        engine.chat([{"role": "user", "content": "\udcff"}])
+    plain = AutoTokenizer.from_pretrained(engine.stack.model.name_or_path)
+    plain.chat_template = None
+    with pytest.raises(SpringtideError, match="no chat template"):
+        springtide.load(engine.stack.model, plain).chat([{"role": "user", "content": "Hi"}])
+    plain.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(SpringtideError, match="does not take these messages: System role not supported"):
+        springtide.load(engine.stack.model, plain).chat([{"role": "system", "content": "Hi"}])
+
+
+def test_policies_by_name_and_as_objects(engine):
+    prompt = random_tokens(80, vocab=VOCAB)
+    layers = {"full": (0,), "select": 1, "reselect": (3,)}
+    named = engine.using("tidal:budget=16,full=0,select=1,reselect=3").generate(prompt, max_tokens=8)
+    assert engine.using(Tidal(budget=16, **layers)).generate(prompt, max_tokens=8).token_ids == named.token_ids
+    dense = engine.generate(prompt, max_tokens=8)
+    assert named.stats.kv_bytes_per_token < dense.stats.kv_bytes_per_token
+    covering = engine.using(Tidal(budget=500, **layers)).generate(prompt, max_tokens=8)
+    assert covering.token_ids == dense.token_ids
+
+
+def test_who_runs_sequences_may_end_one(engine):
+    sampling = springtide.Sampling(max_tokens=10)
+    sequences = [engine.start(random_tokens(n, vocab=VOCAB), sampling) for n in (4, 9)]
+    for sequence, _ in engine.run(sequences):
+        if sequence is sequences[0] and len(sequence.output) == 3:
+            sequence.finish_reason = "cancelled"
+    assert [(len(s.output), s.finish_reason) for s in sequences] == [(3, "cancelled"), (10, "length")]
+
+
+def test_the_users_model_stays_usable(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([random_tokens(20, vocab=VOCAB)])
+    before = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
+    springtide.load(model).generate(ids[0].tolist(), max_tokens=4)
+    after = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
+    assert torch.equal(before, after)
+    model(ids, labels=ids).loss.backward()
+    assert model.lm_head.weight.grad is not None
