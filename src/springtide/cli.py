@@ -331,6 +331,20 @@ def recall(
 
 
 @app.command()
+def policies() -> None:
+    """The attention policies with their options."""
+    from dataclasses import fields
+
+    from springtide.attention import POLICIES
+
+    for name, policy in POLICIES.items():
+        print(f"{name}: {(policy.__doc__ or '').splitlines()[0]}")
+        for field in fields(policy):
+            default = "" if field.default is None else f" (default: {field.default})"
+            print(f"    {field.name:10} {field.metadata['help']}{default}")
+
+
+@app.command()
 def env() -> None:
     """Versions, device and kernels in use, for bug reports."""
     import platform

@@ -228,12 +228,12 @@ def test_a_row_always_keeps_itself_even_as_the_last_choice(pool, heads, recent):
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10**6), st.integers(0, 6), st.integers(0, 9), st.integers(1, 22))
 def test_itself_then_the_newest_then_the_oldest_are_kept(seed, sinks, recent, budget):
-    """Inside the budget, in this order, whatever the scores are."""
+    """Inside the budget, in this order, whatever the scores are; the newest take a quarter of it at most."""
     q, segment = case(seed, parents=TREE)
     chosen = Tidal(budget=budget, sinks=sinks, recent=recent).choose(Layer(0, SCALE), q, segment)
     for row in range(len(TREE)):
         slots = seen_by(segment, row)
-        newest, oldest = slots[::-1][: max(1, recent)], slots[:sinks]
+        newest, oldest = slots[::-1][: max(1, min(recent, budget // 4))], slots[:sinks]
         order = list(dict.fromkeys([*newest, *oldest]))
         for kv_head in range(KV_HEADS):
             got = chosen[row, kv_head].tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -43,9 +43,6 @@ class _Sparse(Policy):
     def choose(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
         """The slots that each row reads at this layer: ``[R, H_kv, B]``; those beyond the last one are void."""
         raise NotImplementedError
-
-    def describe(self) -> dict[str, Any]:
-        return {"policy": self.name, "budget": self.budget}
 
 
 @dataclass(frozen=True)

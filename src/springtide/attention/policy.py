@@ -76,10 +76,6 @@ class Policy:
         if not segment.decoding and segment.prefix <= state.exact:
             state.exact = max(state.exact, segment.prefix + kept)
 
-    def describe(self) -> dict[str, Any]:
-        """Name and options, for reports."""
-        return {"policy": self.name}
-
 
 def dense(layer: Layer, q: Tensor, segment: Segment) -> Tensor:
     """Attention over everything that the layer lets the rows see."""

@@ -50,11 +50,13 @@ class Tidal(Policy):
     select: int | None = option(None, "first layer that selects tokens (default: calibrated)")
     reselect: tuple[int, ...] | None = option(None, "layers that select anew, e.g. 13 or 5+9 (default: calibrated)")
     sinks: int = option(2, "oldest tokens that are always kept, inside the budget")
-    recent: int = option(8, "newest tokens that are always kept, inside the budget")
+    recent: int = option(32, "newest tokens that are always kept, inside the budget and at most a quarter of it")
     heads: Literal["kv", "all"] = option("kv", "kv: a set of tokens for each KV head; all: one set for all of them")
     pool: Literal["mean", "max"] = option("mean", "how the query heads of a KV head are joined in selecting")
     rows: Literal["each", "root"] = option("each", "each: every row of a draft tree selects; root: the first for all")
-    correct: int | None = option(None, "run decoded tokens again, densely, whenever this many have gathered")
+    correct: int | None = option(
+        None, "after this many sparse tokens, run them again densely together with the next one"
+    )
 
     @property
     def rows_independent(self) -> bool:  # type: ignore[override]
@@ -163,16 +165,15 @@ class Tidal(Policy):
         With ``rows="root"`` the first row selects for all, and every row also reads its ancestors in the segment.
         """
         if self.rows == "each" or len(segment.tokens) == 1:
-            return self._best(layer, q, segment)
+            return self.best(layer, q, segment)
         root = replace(segment, tokens=segment.tokens[:1], parents=segment.parents[:1])
-        chosen = self._best(layer, q[:1], root)
+        chosen = self.best(layer, q[:1], root)
         others = torch.arange(root.length, segment.length, device=chosen.device)
         joined = torch.cat([chosen, others.expand(1, chosen.shape[1], -1)], dim=-1)
         return joined.expand(len(segment.tokens), -1, -1)
 
-    def _best(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
+    def best(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
+        """The ``budget`` slots that each row wants most, ``[R, H_kv, B]``, those that are always kept among them."""
         ranking = pooled_scores(layer, q, segment, self.pool, self.heads)
-        return kernels.select(always_keep(ranking, segment, self.sinks, self.recent), self.budget)
-
-    def describe(self) -> dict[str, Any]:
-        return {"policy": self.name, "budget": self.budget}
+        recent = min(self.recent, self.budget // 4)
+        return kernels.select(always_keep(ranking, segment, self.sinks, recent), self.budget)

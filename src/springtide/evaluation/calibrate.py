@@ -18,7 +18,7 @@ from torch import Tensor
 from springtide import kernels
 from springtide.attention.calibration import FILE
 from springtide.attention.layout import Layout, best_layouts, neighbours
-from springtide.attention.policy import Layer, Policy, always_keep, dense, pooled_scores
+from springtide.attention.policy import Layer, Policy, dense
 from springtide.attention.tidal import Tidal
 from springtide.engine.engine import Engine
 from springtide.engine.rows import Segment
@@ -59,9 +59,7 @@ class Probe(Policy):
                 wide = index[:, :, None, :].expand(-1, -1, probs.shape[2], -1)
                 held = probs.gather(3, wide).sum(-1).mean((1, 2)).sum().item()
                 self.sums[earlier, layer.index] = self.sums.get((earlier, layer.index), 0.0) + held
-        ranking = pooled_scores(layer, q, segment, self.tidal.pool, self.tidal.heads)
-        always_keep(ranking, segment, self.tidal.sinks, self.tidal.recent)
-        self._selected[layer.index] = kernels.select(ranking, self.tidal.budget)
+        self._selected[layer.index] = self.tidal.best(layer, q, segment)
         self.rows[layer.index] = self.rows.get(layer.index, 0) + len(segment.tokens)
 
     def kept(self, layers: Sequence[int]) -> list[list[float]]:
