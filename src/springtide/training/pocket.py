@@ -577,7 +577,7 @@ def plot(records: Path, picture: Path) -> None:
     minutes = [row["seconds"] / 60 for row in rows]
     top.plot(minutes, [row["text_loss"] for row in rows])
     top.set_ylabel("text loss (nats a token)")
-    bottom.plot(minutes, [row["copied"] for row in rows], color="grey", label="copying")
+    bottom.plot(minutes, [row["copied"] for row in rows], color="black", linestyle=":", label="copying")
     for length in sorted({row["length"] for row in rows}):
         plain = [row for row in rows if row["length"] == length and not row["gaps"]]
         times = [row["seconds"] / 60 for row in plain]
