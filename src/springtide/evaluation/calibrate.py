@@ -2,7 +2,8 @@
 
 Two signals, both on text and on questions that need the context. How much attention mass each selection keeps for each
 later layer: dynamic programming turns it into candidate layouts. The KL divergence of a layout's predictions from dense
-ones: it chooses among the candidates, and then among the neighbours of the best one, as long as trials are left.
+ones: it chooses among the candidates, and then among the neighbours of the best one, as long as trials are left. Of the
+questions only the answers' numbers count: nothing but the context tells them, so they show what a layout cannot find.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from springtide.evaluation.needle import Haystack, check_fit
 from springtide.evaluation.report import write_json
 
 TEXT_ROWS = 128  # tokens at the end of a plain text that are decoded
+FACT_SPACING = 256  # tokens of context for each fact in it
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,15 @@ class Probe(Policy):
 
 @dataclass(frozen=True)
 class Passage:
-    """``tokens[:prefill]`` are read densely, which ``reader`` has done; the rest is decoded. ``dense [n, V]`` holds
-    the dense log-probabilities of what is decoded."""
+    """``tokens[:prefill]`` are read densely, which ``reader`` has done; the rest is decoded.
+
+    ``counted [n]`` says which decoded tokens count; ``dense [m, V]`` holds the dense log-probabilities for those.
+    """
 
     tokens: list[int]
     prefill: int
     reader: Running
+    counted: Tensor
     dense: Tensor
 
 
@@ -124,8 +129,8 @@ def calibrate(
         raise SpringtideError(f"The budget is {tidal.budget}, but must be at least 1 and below the length, {length}.")
     probe = Probe(tidal=tidal)
     passages = []
-    for tokens, prefill in list(_texts(engine, text, length, prompts)):
-        passages.append(_passage(engine, probe, tokens, prefill))
+    for tokens, prefill, counted in list(_texts(engine, text, length, prompts)):
+        passages.append(_passage(engine, probe, tokens, prefill, torch.tensor(counted)))
         yield None
     kept = probe.kept(layers)
     measured: dict[Layout, float] = {}
@@ -157,21 +162,25 @@ def divergence(engine: Engine, policy: Tidal, passages: Sequence[Passage]) -> fl
     under = engine.using(policy)
     found = []
     for passage in passages:
-        rows = torch.cat(list(under.predictions(passage.tokens, passage.prefill, passage.reader))).log_softmax(-1)
+        logits = torch.cat(list(under.predictions(passage.tokens, passage.prefill, passage.reader)))
+        rows = logits[passage.counted].log_softmax(-1)
         found.append(torch.nn.functional.kl_div(rows, passage.dense, log_target=True, reduction="sum") / len(rows))
     return float(torch.stack(found).mean())
 
 
-def _passage(engine: Engine, probe: Probe, tokens: list[int], prefill: int) -> Passage:
+def _passage(engine: Engine, probe: Probe, tokens: list[int], prefill: int, counted: Tensor) -> Passage:
     plain = engine.using("dense")
     reader = plain.start(tokens[:prefill], Sampling(max_tokens=1))
     list(plain.run([reader]))
     logits = torch.cat(list(engine.using(probe).predictions(tokens, prefill, reader)))
-    return Passage(tokens, prefill, reader, logits.log_softmax(-1))
+    return Passage(tokens, prefill, reader, counted, logits[counted].log_softmax(-1))
 
 
-def _texts(engine: Engine, text: str, length: int, prompts: int) -> Iterator[tuple[list[int], int]]:
-    """For each prompt a context with questions, answered in full, and a window of plain text; with their prefill."""
+def _texts(engine: Engine, text: str, length: int, prompts: int) -> Iterator[tuple[list[int], int, list[bool]]]:
+    """For each prompt a context with questions and their answers, and a window of plain text.
+
+    Each with its prefill, and with which of the tokens after that count.
+    """
     haystack = Haystack(engine.tokenizer, text, seed=1)
     if length <= TEXT_ROWS:
         raise SpringtideError(f"A length of {length} is too short to calibrate at; use more than {TEXT_ROWS}.")
@@ -180,14 +189,16 @@ def _texts(engine: Engine, text: str, length: int, prompts: int) -> Iterator[tup
             f"The text has {len(haystack.book)} tokens, but the length is {length}; "
             "give a longer text or a shorter length."
         )
+    facts = max(1, length // FACT_SPACING)
     for number in range(prompts):
-        trial = haystack.trial(length, number)
-        tokens = trial.context + haystack.asked(trial)
+        trial = haystack.trial(length, number, depths=[(i + 0.5) / facts for i in range(facts)])
+        asked, numbers = haystack.asked(trial)
+        tokens = trial.context + asked
         check_fit(engine, length, len(tokens) + 1)
-        yield tokens, len(trial.context)
+        yield tokens, len(trial.context), numbers
         start = round(number * (len(haystack.book) - length) / max(1, prompts - 1))
         window = haystack.opening + haystack.book[start : start + length]
-        yield window, len(window) - TEXT_ROWS
+        yield window, len(window) - TEXT_ROWS, [True] * TEXT_ROWS
 
 
 def steps(prompts: int, trials: int) -> int:

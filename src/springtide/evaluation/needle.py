@@ -91,14 +91,15 @@ class Haystack:
         asked = [Question(*item) for item in zip(depths, words, numbers, questions, strict=True)]
         return Trial(context, asked)
 
-    def asked(self, trial: Trial) -> list[int]:
-        """The trial's questions with their right answers, one after the other."""
-        return [token for question in trial.questions for token in self.answered(question)]
-
-    def answered(self, question: Question) -> list[int]:
-        """The question's tokens and its right answer."""
-        full = facts.question(question.word) + facts.answer(question.word, question.digits)
-        return self._encode(full)
+    def asked(self, trial: Trial) -> tuple[list[int], list[bool]]:
+        """The trial's questions with their right answers, one after the other; and which tokens are the numbers."""
+        tokens: list[int] = []
+        numbers: list[bool] = []
+        for question in trial.questions:
+            number, end = self._encode(f" {question.digits}"), self._encode(".")
+            tokens += question.tokens + number + end
+            numbers += [False] * len(question.tokens) + [True] * len(number) + [False] * len(end)
+        return tokens, numbers
 
     def _sentence_end(self, start: int, room: int, place: int) -> int:
         """The first place at or after ``place`` where a sentence has ended, if one ends soon."""

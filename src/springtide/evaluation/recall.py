@@ -72,14 +72,14 @@ def recall(
         )
     for number in range(trials):
         trial = haystack.trial(length, number)
-        check_fit(engine, length, len(trial.context) + len(haystack.asked(trial)) + 1)
+        check_fit(engine, length, len(trial.context) + len(haystack.asked(trial)[0]) + 1)
     meters = [Meter() for _ in policies]
     plain = engine.using("dense")
     for number in range(trials):
         trial = haystack.trial(length, number)
         reader = plain.start(trial.context, Sampling(max_tokens=1))
         list(plain.run([reader]))
-        asked = haystack.asked(trial)
+        asked = haystack.asked(trial)[0]
         for policy, meter in zip(policies, meters, strict=True):
             under = engine.using(policy)
             list(under.predictions(trial.context + asked, len(trial.context), reader, meter=meter))
