@@ -50,7 +50,7 @@ class Tidal(Policy):
     select: int | None = option(None, "first layer that selects tokens (default: calibrated)")
     reselect: tuple[int, ...] | None = option(None, "layers that select anew, e.g. 13 or 5+9 (default: calibrated)")
     sinks: int = option(2, "oldest tokens that are always kept, inside the budget")
-    recent: int = option(32, "newest tokens that are always kept, inside the budget and at most a quarter of it")
+    recent: int = option(64, "newest tokens that are always kept, inside the budget and at most a quarter of it")
     heads: Literal["kv", "all"] = option("kv", "kv: a set of tokens for each KV head; all: one set for all of them")
     pool: Literal["mean", "max"] = option("mean", "how the query heads of a KV head are joined in selecting")
     rows: Literal["each", "root"] = option("each", "each: every row of a draft tree selects; root: the first for all")
