@@ -22,7 +22,6 @@ from springtide import cli
 from springtide.engine.engine import Engine
 
 PROMPT = "The ship left the harbour"
-POCKET = Path(str(springtide.__file__)).parent / "models" / "pocket"
 FIELDS = {
     "text": str,
     "token_ids": list,
@@ -440,7 +439,6 @@ def test_env(run):
     assert springtide.__version__ in result.out
 
 
-@pytest.mark.skipif(not (POCKET / "config.json").is_file(), reason="the bundled model is not there")
 def test_the_bundled_model_is_the_default(run, tmp_path):
     result = run("generate", PROMPT, "--max-tokens", 4, "--json", tmp_path / "out.json")
     assert (result.code, result.err) == (0, "")
@@ -606,11 +604,6 @@ def test_a_template_that_takes_no_system_message(run, tmp_path):
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}Hi"
     (folder / "chat_template.jinja").write_text(template)
     run("chat", "--model", folder, "--system", "Be brief", stdin="").refused("No system role")
-
-
-@pytest.mark.skipif((POCKET / "config.json").is_file(), reason="the bundled model is there")
-def test_a_bundled_model_that_is_missing(run):
-    run("generate", "Hi").refused("The bundled model is not there")
 
 
 # -- as a process --------------------------------------------------------------------------------------------------
