@@ -174,6 +174,14 @@ class Engine:
             state = self.policy.new_state(exact=min(reuse.state.exact, cache.length))
         return Sequence(list(tokens), cache, state, sampling, prefill_end=prefill, output_start=len(tokens))
 
+    def read(self, tokens: List[int]) -> Sequence:
+        """A sequence whose cache holds ``tokens``, computed densely, for :meth:`start` to reuse under any policy."""
+        plain = self.using("dense")
+        sequence = plain.start(tokens, Sampling(max_tokens=1))
+        for _ in plain.run([sequence]):
+            pass
+        return sequence
+
     def run(self, sequences: List[Sequence]) -> Iterator[tuple[Sequence, str]]:
         """Complete sequences in one batch, yielding each one's new text after every pass that it is part of.
 

@@ -23,7 +23,6 @@ from springtide.attention.policy import Layer, Policy, dense
 from springtide.attention.tidal import Tidal
 from springtide.engine.engine import Engine
 from springtide.engine.rows import Segment
-from springtide.engine.sampling import Sampling
 from springtide.engine.sequence import Sequence as Running
 from springtide.errors import SpringtideError
 from springtide.evaluation.needle import Haystack, check_fit
@@ -169,9 +168,7 @@ def divergence(engine: Engine, policy: Tidal, passages: Sequence[Passage]) -> fl
 
 
 def _passage(engine: Engine, probe: Probe, tokens: list[int], prefill: int, counted: Tensor) -> Passage:
-    plain = engine.using("dense")
-    reader = plain.start(tokens[:prefill], Sampling(max_tokens=1))
-    list(plain.run([reader]))
+    reader = engine.read(tokens[:prefill])
     logits = torch.cat(list(engine.using(probe).predictions(tokens, prefill, reader)))
     return Passage(tokens, prefill, reader, counted, logits[counted].log_softmax(-1))
 

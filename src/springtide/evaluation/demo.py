@@ -26,9 +26,7 @@ def demo(engine: Engine, book: str) -> dict[str, Any]:
     console.print(
         f"Reading {len(trial.context):,} tokens of a book that the model has never seen, with 5 facts hidden in it ..."
     )
-    reader = engines["dense"].start(trial.context, Sampling(max_tokens=1))
-    for _ in engines["dense"].run([reader]):
-        pass
+    reader = engine.read(trial.context)
     seconds = reader.stats().ttft_ms / 1e3
     console.print(f"... read in {seconds:.1f} s, {len(trial.context) / seconds:,.0f} tokens/s.\n")
     answers: list[dict[str, Any]] = []

@@ -121,8 +121,7 @@ class Haystack:
 def ask(engine: Engine, trial: Trial, policies: Sequence[Policy]) -> list[list[bool]]:
     """Whether each policy answers each question of the trial rightly: ``[policy][question]``."""
     sampling = Sampling(max_tokens=ANSWER)
-    reader = engine.using("dense").start(trial.context, Sampling(max_tokens=1))
-    list(engine.using("dense").run([reader]))
+    reader = engine.read(trial.context)
     results = []
     for policy in policies:
         under = engine.using(policy)

@@ -10,7 +10,6 @@ import torch
 
 from springtide.attention.policy import Policy
 from springtide.engine.engine import Engine
-from springtide.engine.sampling import Sampling
 from springtide.errors import SpringtideError
 from springtide.evaluation.report import labels
 
@@ -46,8 +45,7 @@ def perplexity(
     for window in range(windows):
         start = round(window * (len(text) - length) / max(1, windows - 1))
         tokens = text[start : start + length]
-        reader = engine.using("dense").start(tokens[:half], Sampling(max_tokens=1))
-        list(engine.using("dense").run([reader]))
+        reader = engine.read(tokens[:half])
         for policy, found in zip(policies, losses, strict=True):
             found.append(-engine.using(policy).score(tokens, prefill=half, reuse=reader.fork()))
             yield None

@@ -16,7 +16,6 @@ from springtide import kernels
 from springtide.attention.policy import Layer, Policy
 from springtide.engine.engine import Engine
 from springtide.engine.rows import Segment
-from springtide.engine.sampling import Sampling
 from springtide.errors import SpringtideError
 from springtide.evaluation.needle import Haystack, check_fit
 from springtide.evaluation.report import labels
@@ -74,11 +73,9 @@ def recall(
         trial = haystack.trial(length, number)
         check_fit(engine, length, len(trial.context) + len(haystack.asked(trial)[0]) + 1)
     meters = [Meter() for _ in policies]
-    plain = engine.using("dense")
     for number in range(trials):
         trial = haystack.trial(length, number)
-        reader = plain.start(trial.context, Sampling(max_tokens=1))
-        list(plain.run([reader]))
+        reader = engine.read(trial.context)
         asked = haystack.asked(trial)[0]
         for policy, meter in zip(policies, meters, strict=True):
             under = engine.using(policy)
