@@ -382,7 +382,8 @@ def test_ppl(run, calibrated, book, tmp_path):
     )
     assert (result.code, result.err) == (0, "")
     rows = json.loads((tmp_path / "out.json").read_text())
-    assert all(list(row) == ["policy", "budget", "tokens", "perplexity", "ratio_to_dense"] for row in rows)
+    names = ["policy", "budget", "tokens", "perplexity", "ratio_to_dense", "kl_to_dense", "kl_curve"]
+    assert all(list(row) == names for row in rows)
     assert [(row["policy"], row["budget"]) for row in rows] == [("dense", None), ("tidal", 16), ("tidal", 32)]
     assert rows[0]["ratio_to_dense"] == 1.0
     assert {row["tokens"] for row in rows} == {200}
@@ -486,6 +487,7 @@ def test_the_bundled_model_is_the_default(run, tmp_path):
         (["eval", "needle", "--policy", "dense", "--budget", "64"], "--budget 64 has no effect"),
         (["eval", "needle", "--policy", ","], "names no policy"),
         (["eval", "ppl", "--policy", "dense,fast"], "Unknown policy 'fast'"),
+        (["eval", "ppl", "--policy", "tidal", "--plot", "out.png"], "add dense to --policy"),
         (["eval", "ppl", "--text", "nosuch.txt"], "'nosuch.txt' cannot be read"),
         (["eval", "recall", "--plot", "no/such/folder/out.png"], "there is no folder 'no/such/folder'"),
         (["demo", "--json", "no/such/folder/out.json"], "there is no folder 'no/such/folder'"),

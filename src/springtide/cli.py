@@ -233,6 +233,7 @@ def needle(
     policy: Policies = "dense,tidal",
     budget: Budgets = None,
     text: Text = None,
+    distractors: Annotated[int, typer.Option(help="More facts in the context, which nobody asks about.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of facts and places.")] = 0,
     json_file: Json = None,
     plot: Plot = None,
@@ -248,7 +249,7 @@ def needle(
     lengths, wanted, book = _numbers(length, "--length"), _policies(policy, budget), _text(text)
     engine = _load(model, device, dtype)
     policies = _resolved(engine, wanted)
-    haystack = Haystack(engine.tokenizer, book, seed)
+    haystack = Haystack(engine.tokenizer, book, seed, distractors)
     cells = [
         c for c in _progress(run(engine, haystack, policies, lengths, trials), len(lengths) * trials, "needle") if c
     ]
@@ -279,24 +280,25 @@ def ppl(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Perplexity of a text, teacher-forced through the decode path."""
+    """Perplexity of a text, teacher-forced through the decode path, and KL divergence from dense predictions."""
     from springtide.evaluation.perplexity import perplexity
     from springtide.evaluation.report import check_target, plot_lines, print_table, write_json
 
     check_target(json_file, plot)
     wanted, book = _policies(policy, budget), _text(text)
+    if plot and "dense" not in [policy.name for policy in wanted]:
+        raise SpringtideError("--plot shows the divergence from dense predictions; add dense to --policy.")
     engine = _load(model, device, dtype)
     policies = _resolved(engine, wanted)
     tokens = engine.encode(book)
-    found = _last(perplexity(engine, tokens, policies, length, windows), windows * len(policies), "perplexity")
+    found = _last(perplexity(engine, tokens, policies, length, windows), windows * (length - length // 2), "perplexity")
     rows = [asdict(row) for row in found]
     if json_file:
         write_json(json_file, rows)
+    curves = [row | {"tokens": at, "kl": kl} for row in rows for at, kl in row.pop("kl_curve") or ()]
     print_table(rows)
     if plot:
-        plot_lines(
-            plot, _series(rows, "budget", "perplexity"), x="budget (tokens per KV head)", y="perplexity", log_x=True
-        )
+        plot_lines(plot, _series(curves, "tokens", "kl"), x="decoded tokens", y="KL to dense (nats a token)")
 
 
 @eval_app.command()

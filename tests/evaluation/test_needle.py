@@ -47,6 +47,23 @@ def test_every_fact_is_told_at_its_depth_and_only_there(haystack):
     assert len({question.word for question in trial.questions}) == len(DEPTHS)
 
 
+def test_distractors_are_facts_that_nobody_asks_about():
+    trial = Haystack(tokenizer(), BOOK, distractors=7).trial(1000, 3)
+    text = tokenizer().decode(trial.context)
+    assert text.count(" The magic number for ") == len(DEPTHS) + 7
+    assert len(trial.questions) == len(DEPTHS)
+    assert len(trial.context) + max(len(question.tokens) for question in trial.questions) == 1000
+    for question in trial.questions:
+        fact = facts.fact(question.word, question.digits)
+        assert text.count(fact) == text.count(f"for {question.word} is") == 1
+        assert abs(text.index(fact) / len(text) - question.depth) < 0.2
+
+
+def test_there_are_only_so_many_words():
+    with pytest.raises(SpringtideError, match="There can be 0 to .* distractors, not 9999"):
+        Haystack(tokenizer(), BOOK, distractors=9999)
+
+
 def test_facts_follow_the_end_of_a_sentence_where_one_is_near(haystack):
     text = tokenizer().decode(haystack.trial(1000, 3).context)
     before = [part[-1] for part in text.split(" The magic number for ")[:-1]]

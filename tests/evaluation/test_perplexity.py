@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 import springtide
 from folders import BOOK, VOCAB, tokenizer
@@ -59,7 +59,7 @@ def test_ratio_to_dense(engine, text):
     assert covering.ratio_to_dense == pytest.approx(1.0, rel=1e-5)
     assert (sparse.policy, sparse.budget) == ("tidal", 16)
     (alone,) = measured(engine, text, [tight], 300, 2)
-    assert alone.ratio_to_dense is None
+    assert alone.ratio_to_dense is alone.kl_to_dense is alone.kl_curve is None
     assert alone.perplexity == pytest.approx(sparse.perplexity)
 
 
@@ -69,3 +69,21 @@ def test_ratio_to_dense(engine, text):
 def test_lengths_that_cannot_be(engine, text, length, message):
     with pytest.raises(SpringtideError, match=message):
         measured(engine, text, [engine.policy], length, 1)
+
+
+def test_divergence_from_dense_along_the_text(engine, text):
+    tight = Tidal(budget=16, **LAYERS)
+    dense, sparse = measured(engine, text, [engine.policy, tight], 500, 2)
+    found = []
+    for start in (0, 200):
+        window = text[start : start + 500]
+        truth, other = (
+            torch.cat(list(engine.using(policy).predictions(window, 250))).log_softmax(-1)
+            for policy in (engine.policy, tight)
+        )
+        found.append(kl_div(other, truth, log_target=True, reduction="none").sum(-1))
+    expected = torch.stack(found).mean(0)
+    assert dense.kl_to_dense == pytest.approx(0, abs=1e-6)
+    assert sparse.kl_to_dense == pytest.approx(expected.mean().item(), rel=1e-3)
+    assert [at for at, _ in sparse.kl_curve] == [128, 250]
+    assert sparse.kl_curve[1][1] == pytest.approx(expected[128:].mean().item(), rel=1e-3)

@@ -1,8 +1,9 @@
 """Needle in a haystack: facts hidden in a book, and questions whose answers are decoded token by token.
 
 A trial is one context that holds one fact at each depth and is asked about each of them, so that every fact is the
-needle once and a distractor otherwise. The context is read once, densely; each policy then decodes the question's
-tokens and the answer from a copy of that cache, as if the question had been generated.
+needle once and a distractor otherwise; more distractors, which nobody asks about, make it harder. The context is read
+once, densely; each policy then decodes the question's tokens and the answer from a copy of that cache, as if the
+question had been generated.
 """
 
 from __future__ import annotations
@@ -55,10 +56,16 @@ class Cell:
 
 
 class Haystack:
-    """Makes trials from a text: the same ones for the same seed."""
+    """Makes trials from a text, with ``distractors`` more facts than are asked about: the same ones for the same seed.
 
-    def __init__(self, tokenizer: Any, text: str, seed: int = 0) -> None:
-        self.tokenizer, self.seed = tokenizer, seed
+    Raises SpringtideError for more distractors than there are words.
+    """
+
+    def __init__(self, tokenizer: Any, text: str, seed: int = 0, distractors: int = 0) -> None:
+        most = len(facts.WORDS) - len(DEPTHS)
+        if not 0 <= distractors <= most:
+            raise SpringtideError(f"There can be 0 to {most} distractors, not {distractors}.")
+        self.tokenizer, self.seed, self.distractors = tokenizer, seed, distractors
         self.opening: list[int] = tokenizer.encode("")
         self.book: list[int] = self._encode(text)
         ends = [token for token in set(self.book) if tokenizer.decode([token]).rstrip().endswith((".", "!", "?"))]
@@ -67,14 +74,15 @@ class Haystack:
     def trial(self, length: int, number: int, depths: Sequence[float] = DEPTHS) -> Trial:
         """Trial ``number``, whose context and question have ``length`` tokens together."""
         rng = random.Random(f"{self.seed} {length} {number}")
-        words = rng.sample(facts.WORDS, len(depths))
-        numbers = ["".join(rng.choices("0123456789", k=DIGITS)) for _ in depths]
+        places = [*depths, *(rng.random() for _ in range(self.distractors))]
+        words = rng.sample(facts.WORDS, len(places))
+        numbers = ["".join(rng.choices("0123456789", k=DIGITS)) for _ in places]
         statements = [self._encode(facts.fact(word, digits)) for word, digits in zip(words, numbers, strict=True)]
-        questions = [self._encode(facts.question(word) + self._lead(word)) for word in words]
+        questions = [self._encode(facts.question(word) + self._lead(word)) for word in words[: len(depths)]]
         room = length - len(self.opening) - sum(map(len, statements)) - max(map(len, questions))
-        if room < 4 * len(depths):
+        if room < 4 * len(places):
             raise SpringtideError(
-                f"A context of {length} tokens is too short for {len(depths)} facts; use a longer one."
+                f"A context of {length} tokens is too short for {len(places)} facts; use a longer one."
             )
         if room > len(self.book):
             raise SpringtideError(
@@ -83,12 +91,12 @@ class Haystack:
         start = rng.randrange(len(self.book) - room + 1)
         context = list(self.opening)
         done = 0
-        for depth, statement in sorted(zip(depths, statements, strict=True), key=lambda pair: pair[0]):
+        for depth, statement in sorted(zip(places, statements, strict=True), key=lambda pair: pair[0]):
             place = self._sentence_end(start, room, round(depth * room))
             context += self.book[start + done : start + place] + statement
             done = place
         context += self.book[start + done : start + room]
-        asked = [Question(*item) for item in zip(depths, words, numbers, questions, strict=True)]
+        asked = [Question(*item) for item in zip(depths, words, numbers, questions, strict=False)]
         return Trial(context, asked)
 
     def asked(self, trial: Trial) -> tuple[list[int], list[bool]]:
