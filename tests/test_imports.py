@@ -75,10 +75,14 @@ def test_decoding_knows_nothing_of_what_is_built_on_it():
     assert (
         wrong(
             ["engine", "attention", "drafting", "kernels"],
-            forbidden=["training", "evaluation", "integrations", "loading", "cli"],
+            forbidden=["training", "evaluation", "benchmarks", "integrations", "loading", "cli"],
         )
         == []
     )
+
+
+def test_models_are_trained_and_used_without_benchmarks():
+    assert wrong(["loading", "training", "evaluation", "integrations"], forbidden=["benchmarks", "cli"]) == []
 
 
 def test_there_are_no_circles():

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -16,6 +16,7 @@ from springtide.errors import SpringtideError
 
 if TYPE_CHECKING:
     from springtide.attention.policy import Policy
+    from springtide.benchmarks.peers import Peer
     from springtide.engine.engine import Engine
 
 T = TypeVar("T")
@@ -23,8 +24,10 @@ T = TypeVar("T")
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fast long-context decoding of Hugging Face models.")
 train_app = typer.Typer(no_args_is_help=True, help="Train models and drafters.")
 eval_app = typer.Typer(no_args_is_help=True, help="Measure quality.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed.")
 app.add_typer(train_app, name="train")
 app.add_typer(eval_app, name="eval")
+app.add_typer(bench_app, name="bench")
 
 Model = Annotated[str, typer.Option(help="Model folder, or 'pocket' for the bundled model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")]
@@ -40,6 +43,21 @@ Budgets = Annotated[str | None, typer.Option("--budget", help="Comma list of bud
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file, as JSON.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw the result to this file, as PNG.")]
 Text = Annotated[Path | None, typer.Option("--text", help="UTF-8 text file (default: the bundled held-out excerpt).")]
+BenchModel = Annotated[str | None, typer.Option("--model", help="Model folder, or 'pocket' (which is the default).")]
+Shape = Annotated[
+    str | None, typer.Option(help="Random weights instead of a model: llama-1b, llama-3b, llama-8b or qwen3-4b.")
+]
+Contexts = Annotated[str, typer.Option("--context", help="Comma list of context lengths, tokens.")]
+Against = Annotated[str | None, typer.Option(help="Comma list of peers: transformers, openvino, llama.cpp.")]
+Fill = Annotated[
+    Literal["prefill", "random"],
+    typer.Option(help="The cache holds what the model computes for random tokens, or random keys and values."),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's).")]
+PeerCache = Annotated[
+    Path | None,
+    typer.Option("--cache", help="Folder for models in peers' formats (default: ~/.cache/springtide/peers)."),
+]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.")]
 TopP = Annotated[float, typer.Option(help="Sample among the tokens that hold this probability.")]
@@ -332,6 +350,132 @@ def recall(
         plot_lines(plot, _series(rows, "layer", "mass"), x="layer", y="attention mass kept")
 
 
+@bench_app.command("decode")
+def bench_decode(
+    model: BenchModel = None,
+    shape: Shape = None,
+    context: Contexts = "1024,8192",
+    policy: Policies = "dense,tidal",
+    budget: Budgets = None,
+    against: Against = None,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens to time after each context.")] = 32,
+    fill: Fill = "prefill",
+    json_file: Json = None,
+    plot: Plot = None,
+    threads: Threads = None,
+    cache: PeerCache = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Time of a decoded token at batch 1, beside the floor that memory bandwidth sets and beside other projects."""
+    from springtide.benchmarks import decode
+    from springtide.benchmarks.contenders import check_context
+    from springtide.evaluation.report import check_target, plot_lines, write_json
+
+    check_target(json_file, plot)
+    contexts, wanted, names = _numbers(context, "--context"), _policies(policy, budget), _peer_names(against)
+    length = max(contexts) + steps + 1  # the first token after the prompt is not timed
+    engine = _bench_engine(model, shape, length, threads, device, dtype)
+    check_context(engine, contexts, steps + 1)
+    policies = _resolved(engine, wanted)
+    peers = _peers(names, engine, model, shape, length, cache)
+    total = decode.steps_of(len(contexts), len(policies) + len(peers), steps)
+    found = _last(decode.decode(engine, policies, peers, contexts, steps, fill), total, "decoding")
+    rows = [asdict(row) for row in found]
+    if json_file:
+        write_json(json_file, rows)
+    print(f"{rows[0]['dtype']}, {rows[0]['threads']} threads, read bandwidth {rows[0]['bandwidth']:.1f} GB/s")
+    _print_bench(rows, context="context", ms_per_token="ms", floor_ms="floor", ratio_to_floor="x\nfloor")
+    if plot:
+        plot_lines(
+            plot,
+            _bench_series(rows, "context", "ms_per_token")
+            | _bench_series(rows, "context", "floor_ms", of="floor of ", springtide_only=True),
+            x="context (tokens)",
+            y="ms a token",
+            log_x=True,
+        )
+
+
+@bench_app.command("prefill")
+def bench_prefill(
+    model: BenchModel = None,
+    shape: Shape = None,
+    context: Contexts = "1024,8192",
+    policy: Policies = "dense",
+    budget: Budgets = None,
+    against: Against = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Readings to time of each context.")] = 1,
+    json_file: Json = None,
+    plot: Plot = None,
+    threads: Threads = None,
+    cache: PeerCache = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Time to read a prompt of random tokens."""
+    from springtide.benchmarks import prefill
+    from springtide.benchmarks.contenders import check_context
+    from springtide.evaluation.report import check_target, plot_lines, write_json
+
+    check_target(json_file, plot)
+    contexts, wanted, names = _numbers(context, "--context"), _policies(policy, budget), _peer_names(against)
+    length = max(contexts) + 1
+    engine = _bench_engine(model, shape, length, threads, device, dtype)
+    check_context(engine, contexts, 1)
+    policies = _resolved(engine, wanted)
+    peers = _peers(names, engine, model, shape, length, cache)
+    total = prefill.steps_of(len(contexts), len(policies) + len(peers), repeats)
+    found = _last(prefill.prefill(engine, policies, peers, contexts, repeats), total, "reading")
+    rows = [asdict(row) for row in found]
+    if json_file:
+        write_json(json_file, rows)
+    print(f"{rows[0]['dtype']}, {rows[0]['threads']} threads")
+    _print_bench(rows, context="context", seconds="seconds", tokens_per_second="tokens/s", tflops="TFLOP/s")
+    if plot:
+        series = _bench_series(rows, "context", "tokens_per_second")
+        plot_lines(plot, series, x="context (tokens)", y="tokens read a second", log_x=True)
+
+
+@bench_app.command("rows")
+def bench_rows(
+    model: BenchModel = None,
+    shape: Shape = None,
+    rows: Annotated[
+        str, typer.Option(help="Comma list of rows in a pass; one row is always timed.")
+    ] = "1,2,4,8,16,32,64",
+    context: Annotated[int, typer.Option(min=1, help="Context length, tokens.")] = 8192,
+    policy: Policies = "dense,tidal",
+    budget: Budgets = None,
+    passes: Annotated[int, typer.Option(min=1, help="Passes to time for each number of rows.")] = 10,
+    fill: Fill = "prefill",
+    json_file: Json = None,
+    plot: Plot = None,
+    threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Time of a pass by how many rows it has: what it costs to try drafted tokens."""
+    from springtide.benchmarks import rows as benchmark
+    from springtide.benchmarks.contenders import check_context
+    from springtide.evaluation.report import check_target, plot_lines, write_json
+
+    check_target(json_file, plot)
+    counts, wanted = _numbers(rows, "--rows"), _policies(policy, budget)
+    engine = _bench_engine(model, shape, context + max(counts), threads, device, dtype)
+    check_context(engine, [context], max(counts))
+    policies = _resolved(engine, wanted)
+    total = benchmark.steps_of(len(policies), counts, passes)
+    found = _last(benchmark.rows(engine, policies, counts, context, passes, fill), total, "passes")
+    results = [asdict(row) for row in found]
+    if json_file:
+        write_json(json_file, results)
+    print(f"{results[0]['dtype']}, {results[0]['threads']} threads")
+    _print_bench(results, context="context", rows="rows", ms="ms", ratio_to_one_row="x one row")
+    if plot:
+        plot_lines(plot, _bench_series(results, "rows", "ratio_to_one_row"), x="rows", y="time over one row's")
+
+
 @app.command()
 def policies() -> None:
     """The attention policies with their options."""
@@ -393,6 +537,53 @@ def _load(model: str, device: str | None, dtype: str | None, calibrated: bool = 
 
     logging.set_verbosity_error()
     return load(model, device=device, dtype=dtype, calibrated=calibrated)
+
+
+def _bench_engine(
+    model: str | None, shape: str | None, length: int, threads: int | None, device: str | None, dtype: str | None
+) -> Engine:
+    """A model's engine, or one of a shape whose context holds ``length`` tokens, with ``threads`` set for torch."""
+    if model is not None and shape is not None:
+        raise SpringtideError("Give either --model or --shape, not both.")
+    import torch
+    from transformers.utils import logging
+
+    from springtide.benchmarks.shapes import check_shape, random_engine
+    from springtide.loading import as_device, as_dtype
+
+    if shape is not None:
+        check_shape(shape, length)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if shape is None:
+        return _load(model or "pocket", device, dtype)
+    logging.set_verbosity_error()
+    kind = as_dtype(dtype or "bfloat16")
+    assert isinstance(kind, torch.dtype)
+    return random_engine(shape, length, kind, as_device(device))
+
+
+def _peer_names(text: str | None) -> list[str]:
+    from springtide.benchmarks.peers import check_peers
+
+    names = list(dict.fromkeys(name.strip() for name in text.split(","))) if text is not None else []
+    check_peers(names)
+    return names
+
+
+def _peers(
+    names: Sequence[str], engine: Engine, model: str | None, shape: str | None, length: int, folder: Path | None
+) -> list[Peer]:
+    import torch
+
+    from springtide.benchmarks.contenders import dtype_name
+    from springtide.benchmarks.peers import CACHE, Target, prepare, weights_name
+    from springtide.loading import find_model
+
+    loaded = engine.stack.model
+    dtype = dtype_name(loaded)
+    name = f"{shape}-{dtype}" if shape is not None else weights_name(find_model(model or "pocket"), dtype)
+    return prepare(names, Target(loaded, name, length, torch.get_num_threads(), folder or CACHE))
 
 
 def _policy(text: str, budget: int | None) -> Policy:
@@ -552,6 +743,36 @@ def _series(
         xs, ys = series.setdefault(name, ([], []))
         xs.append(row[x])
         ys.append(row[y])
+    return series
+
+
+def _print_bench(rows: Sequence[dict[str, Any]], /, **columns: str) -> None:
+    """Print columns of a benchmark's rows under other names, each ratio to a peer in a column of its own."""
+    from springtide.benchmarks.contenders import title
+    from springtide.evaluation.report import print_table
+
+    print_table(
+        [
+            {"": title(row.get("contender"), row["policy"], row["budget"])}
+            | {shown: row[name] for name, shown in columns.items()}
+            | {f"x\n{peer}": value for peer, value in row.get("ratio_to", {}).items()}
+            for row in rows
+        ]
+    )
+
+
+def _bench_series(
+    rows: Sequence[dict[str, Any]], x: str, y: str, of: str = "", springtide_only: bool = False
+) -> dict[str, tuple[list[float | None], list[float]]]:
+    """Lines of ``y`` over ``x``, one for each contender that was measured."""
+    from springtide.benchmarks.contenders import title
+
+    series: dict[str, tuple[list[float | None], list[float]]] = {}
+    for row in rows:
+        if row[y] is not None and not (springtide_only and row["policy"] is None):
+            xs, ys = series.setdefault(of + title(row.get("contender"), row["policy"], row["budget"]), ([], []))
+            xs.append(row[x])
+            ys.append(row[y])
     return series
 
 

@@ -1,0 +1,86 @@
+"""Time of one pass of several rows at the end of a long context: what trying drafted tokens costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import torch
+
+from springtide.attention.policy import Policy
+from springtide.benchmarks.contenders import PAUSE, Fill, dtype_name, filled, random_prompt, timed
+from springtide.engine.engine import Engine
+from springtide.engine.rows import Segment
+from springtide.engine.sequence import Sequence as Decoded
+from springtide.evaluation.report import labels
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Median time of a pass (forward and head) of ``rows`` rows after ``context`` tokens."""
+
+    policy: str
+    budget: int | None
+    context: int
+    rows: int
+    threads: int
+    dtype: str
+    ms: float
+    ratio_to_one_row: float
+
+
+def steps_of(policies: int, counts: Sequence[int], passes: int) -> int:
+    """How often :func:`rows` yields before its results."""
+    return 1 + policies * len({1, *counts}) * passes
+
+
+def rows(
+    engine: Engine, policies: Sequence[Policy], counts: Sequence[int], context: int, passes: int, fill: Fill
+) -> Iterator[list[Rows] | None]:
+    """Time ``passes`` passes for each number of rows, and for one row, by turns.
+
+    The rows are a chain, as of one drafted continuation, and none of them stays in the cache. Yields None after
+    everything done, for progress, and the results last.
+    """
+    counts = sorted({1, *counts})
+    reader = filled(engine, context, fill)
+    yield None
+    cells = [(policy, count) for policy in policies for count in counts]
+    times: dict[tuple[Policy, int], list[float]] = {cell: [] for cell in cells}
+    for policy, count in cells:
+        _pass(engine, policy, reader, count)  # not timed: the first pass of a kind allocates
+    for _ in range(passes):
+        for policy, count in cells:
+            time.sleep(PAUSE)
+            times[policy, count] += timed(partial(_pass, engine, policy, reader, count), 1)
+            yield None
+    medians = {cell: 1e3 * median(seconds) for cell, seconds in times.items()}
+    yield [
+        Rows(
+            policy=name,
+            budget=getattr(policy, "budget", None),
+            context=context,
+            rows=count,
+            threads=torch.get_num_threads(),
+            dtype=dtype_name(engine.stack.model),
+            ms=medians[policy, count],
+            ratio_to_one_row=medians[policy, count] / medians[policy, 1],
+        )
+        for policy, name in zip(policies, labels(policies), strict=True)
+        for count in counts
+    ]
+
+
+def _pass(engine: Engine, policy: Policy, reader: Decoded, count: int) -> None:
+    segment = Segment.chain(
+        reader.cache,
+        reader.cache.length,
+        random_prompt(engine, count),
+        decoding=True,
+        state=policy.new_state(exact=reader.cache.length),
+        device=engine.stack.device,
+    )
+    engine.stack.logits(engine.stack.forward([segment], policy)).argmax(-1).tolist()
