@@ -666,9 +666,7 @@ def _text(file: Path | None) -> str:
 
 
 def _excerpt() -> str:
-    from importlib import resources
-
-    return (resources.files("springtide") / "data" / "excerpt.txt").read_text(encoding="utf-8")
+    return (Path(__file__).parent / "data" / "excerpt.txt").read_text(encoding="utf-8")
 
 
 def _ask_user() -> str | None:

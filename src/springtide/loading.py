@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def calibration_of(model: PreTrainedModel) -> dict[str, Any] | None:
 def find_model(name: str | Path) -> Path:
     """The folder of a model: a path, or ``"pocket"``. Raises SpringtideError if there is none."""
     pocket = str(name) == "pocket"
-    folder = Path(str(resources.files("springtide"))) / "models" / "pocket" if pocket else Path(name).expanduser()
+    folder = Path(__file__).parent / "models" / "pocket" if pocket else Path(name).expanduser()
     if not str(name) or not folder.is_dir():
         if pocket:
             raise SpringtideError("The bundled model is not there; install springtide again or give a model folder.")

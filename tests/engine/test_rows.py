@@ -52,7 +52,7 @@ def test_visible_is_its_definition(segment, window, data):
             for row in range(len(segment.tokens))
         ]
     )
-    got = segment.visible(window, start)
+    got = segment.seen(window, start).mask
     if got is None:
         assert expected.all()
     else:
@@ -73,19 +73,19 @@ def test_a_chain_and_the_same_rows_given_as_a_tree_see_the_same():
     chain = Segment.chain(Cache(1), 4, [7, 8, 9], decoding=True, state=None)
     tree = Segment(Cache(1), 4, [7, 8, 9], [PREFIX, 0, 1], decoding=True, state=None)
     assert chain.positions == tree.positions == [4, 5, 6]
-    assert torch.equal(chain.visible(), tree.visible())
-    assert torch.equal(chain.visible(2, 3), tree.visible(2, 3))
+    assert torch.equal(chain.seen().mask, tree.seen().mask)
+    assert torch.equal(chain.seen(2, 3).mask, tree.seen(2, 3).mask)
 
 
 def test_one_row_needs_no_mask_unless_its_window_hides_something():
     one = Segment.chain(Cache(1), 9, [1], decoding=True, state=None)
-    assert one.visible() is None and one.visible(10) is None and one.visible(3, 7) is None
-    assert one.visible(9).tolist() == [[False] + [True] * 9]
+    assert one.seen().mask is None and one.seen(10).mask is None and one.seen(3, 7).mask is None
+    assert one.seen(9).mask.tolist() == [[False] + [True] * 9]
 
 
 def test_masks_of_other_windows_and_of_changed_rows_are_not_mixed_up():
     segment = Segment.chain(Cache(1), 2, [1, 2, 3], decoding=True, state=None)
-    wide, narrow = segment.visible(), segment.visible(2)
+    wide, narrow = segment.seen().mask, segment.seen(2).mask
     assert not torch.equal(wide, narrow)
-    assert torch.equal(segment.visible(), wide)
-    assert replace(segment, tokens=[1], parents=[PREFIX]).visible() is None
+    assert torch.equal(segment.seen().mask, wide)
+    assert replace(segment, tokens=[1], parents=[PREFIX]).seen().mask is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from springtide.attention import parse_policy
 from springtide.attention.baselines import Oracle, Quest, Streaming, page_bounds
-from springtide.attention.policy import Layer, Policy, always_keep, dense
+from springtide.attention.policy import Layer, Policy, dense
 from springtide.attention.tidal import Tidal
 from springtide.engine import loop
 from springtide.engine.cache import Cache
@@ -22,6 +22,7 @@ from springtide.engine.rows import PREFIX, Segment
 from springtide.engine.sampling import Sampling
 from springtide.engine.spec import ModelSpec
 from springtide.errors import SpringtideError
+from springtide.kernels.reference import keep_first
 from tiny import random_tokens, tiny
 
 PROMPT = random_tokens(40)
@@ -245,7 +246,7 @@ def test_itself_then_the_newest_then_the_oldest_are_kept(seed, sinks, recent, bu
 def test_what_is_always_kept_never_ties(seed, sinks, recent):
     """However many there are, fp32 tells them apart."""
     segment = Segment.chain(Cache(1), 12_000 + seed % 100, [0], decoding=True, state=None)
-    ranking = always_keep(torch.zeros(1, 1, segment.length), segment, sinks, recent)
+    ranking = keep_first(torch.zeros(1, 1, segment.length), segment.seen(), sinks, recent)
     kept = ranking[ranking > 0]
     assert len(kept) == sinks + recent and len(kept.unique()) == len(kept)
 

@@ -12,15 +12,14 @@ from springtide import kernels
 from springtide.attention.policy import (
     Layer,
     Policy,
-    always_keep,
     at_least,
     dense,
     gathered,
     option,
-    pooled_scores,
 )
 from springtide.engine.rows import Segment
 from springtide.engine.spec import ModelSpec
+from springtide.kernels.reference import keep_first
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ class Oracle(_Sparse):
     def choose(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
         keys, _ = segment.cache.read(layer.index, 0, segment.length)
         segment.bytes_read += keys.nbytes
-        ranking = pooled_scores(layer, q, segment, pool="mean", heads="kv")
-        return kernels.select(always_keep(ranking, segment, sinks=0, recent=1), self.budget)
+        return kernels.choose(q, keys, layer.scale, segment.seen(), self.budget, softcap=layer.softcap)
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Streaming(_Sparse):
         keys, _ = segment.cache.read(layer.index, 0, segment.length)
         blank = torch.full((q.shape[0], keys.shape[0], segment.length), -torch.inf, device=q.device)
         recent = max(1, self.budget - self.sinks)
-        return kernels.select(always_keep(blank, segment, self.sinks, recent), self.budget)
+        return kernels.select(keep_first(blank, segment.seen(), self.sinks, recent), self.budget)
 
 
 @dataclass(frozen=True)

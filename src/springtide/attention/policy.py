@@ -82,13 +82,13 @@ def dense(layer: Layer, q: Tensor, segment: Segment) -> Tensor:
     start = 0 if layer.window is None else max(0, segment.prefix - layer.window + 1)
     keys, values = segment.cache.read(layer.index, start, segment.length)
     segment.bytes_read += keys.nbytes + values.nbytes
-    return kernels.attend(q, keys, values, layer.scale, segment.visible(layer.window, start), layer.softcap)
+    return kernels.attend(q, keys, values, layer.scale, segment.seen(layer.window, start), layer.softcap)
 
 
 def gathered(layer: Layer, q: Tensor, segment: Segment, index: Tensor, valid: Tensor | None = None) -> Tensor:
     """Attention over slots ``index [R, H_kv, B]`` alone, less those that a row may not see or ``valid`` excludes."""
     keys, values = segment.cache.read(layer.index, 0, segment.length)
-    mask = segment.visible()
+    mask = segment.seen().mask
     if mask is not None:
         mask = mask[:, None, :].expand(-1, index.shape[1], -1).gather(2, index)
     if valid is not None:
@@ -97,50 +97,6 @@ def gathered(layer: Layer, q: Tensor, segment: Segment, index: Tensor, valid: Te
         segment.meter(layer, q, segment, index, torch.ones_like(index, dtype=torch.bool) if mask is None else mask)
     segment.bytes_read += index.numel() * keys.shape[2] * (keys.element_size() + values.element_size())
     return kernels.attend_gathered(q, keys, values, index, layer.scale, mask, layer.softcap)
-
-
-def pooled_scores(layer: Layer, q: Tensor, segment: Segment, pool: str, heads: str) -> Tensor:
-    """How much each row wants each slot, ``[R, H_kv, L]``: pooled over the query heads that share a KV head.
-
-    ``pool="mean"`` averages the heads' softmax probabilities (Kascade); ``"max"`` takes the largest logit.
-    ``heads="all"`` pools over every KV head too, so that all read the same slots (LessIsMore). Slots that a row may
-    not see score ``-inf``.
-    """
-    keys, _ = segment.cache.read(layer.index, 0, segment.length)
-    wanted = kernels.scores(q, keys, layer.scale, layer.softcap)
-    mask = segment.visible()
-    if mask is not None:
-        wanted = wanted.masked_fill(~mask[:, None, None, :], -torch.inf)
-    if pool == "mean":
-        wanted = wanted.softmax(-1)
-    join = torch.mean if pool == "mean" else torch.amax
-    pooled = join(wanted, dim=2)
-    if heads == "all":
-        pooled = join(pooled, dim=1, keepdim=True).expand_as(pooled).contiguous()
-    return pooled if mask is None else pooled.masked_fill(~mask[:, None, :], -torch.inf)
-
-
-def always_keep(ranking: Tensor, segment: Segment, sinks: int, recent: int) -> Tensor:
-    """Put the row itself, its ``recent`` newest tokens and the ``sinks`` oldest first, in this order, in ``ranking``.
-
-    ``ranking [R, ..., L]`` is written in place. A budget too small for all of them keeps the first of that order: no
-    two rank the same, so that what is kept does not depend on how ties are broken.
-    """
-    own = torch.tensor(segment.positions, device=ranking.device)
-    slots = torch.cat([torch.arange(segment.prefix, device=ranking.device), own])
-    seen = segment.visible()
-    age = own[:, None] - slots[None, :]
-    near, oldest = age < recent, (slots < sinks).expand_as(age)
-    itself = torch.arange(segment.length, device=ranking.device)[None] == (
-        segment.prefix + torch.arange(len(own), device=ranking.device)[:, None]
-    )
-    if seen is not None:
-        near, oldest = near & seen, oldest & seen
-    # The row itself is 1, the newest go down from 1/2 to 1/4 with age, the oldest from 1/8 to 1/16 with position.
-    rank = torch.where(near, 0.5 - age / (4 * max(recent, 1)), 0.125 - slots / (16 * max(sinks, 1)))
-    rank = rank.masked_fill(itself, 1.0).to(ranking.dtype) * torch.finfo(ranking.dtype).max
-    shape = (len(own), *[1] * (ranking.ndim - 2), segment.length)
-    return ranking.copy_(torch.where((itself | near | oldest).view(shape), rank.view(shape), ranking))
 
 
 def at_least(value: int, low: int, policy: str, name: str) -> None:

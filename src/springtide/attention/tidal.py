@@ -14,12 +14,10 @@ from springtide.attention.policy import (
     Layer,
     Policy,
     State,
-    always_keep,
     at_least,
     dense,
     gathered,
     option,
-    pooled_scores,
 )
 from springtide.engine.rows import Segment
 from springtide.engine.spec import ModelSpec
@@ -174,6 +172,16 @@ class Tidal(Policy):
 
     def best(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
         """The ``budget`` slots that each row wants most, ``[R, H_kv, B]``, those that are always kept among them."""
-        ranking = pooled_scores(layer, q, segment, self.pool, self.heads)
-        recent = min(self.recent, self.budget // 4)
-        return kernels.select(always_keep(ranking, segment, self.sinks, recent), self.budget)
+        keys, _ = segment.cache.read(layer.index, 0, segment.length)
+        return kernels.choose(
+            q,
+            keys,
+            layer.scale,
+            segment.seen(),
+            self.budget,
+            sinks=self.sinks,
+            recent=min(self.recent, self.budget // 4),
+            pool=self.pool,
+            heads=self.heads,
+            softcap=layer.softcap,
+        )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from springtide.engine.cache import Cache
+from springtide.kernels.visible import Visible
 
 PREFIX = -1  # the parent of a row that follows the prefix directly
 
@@ -39,7 +40,7 @@ class Segment:
     meter: Callable[..., None] | None = None
     depths: list[int] = field(init=False)
     is_chain: bool = field(init=False)
-    _masks: dict[tuple[int | None, int], Tensor] = field(init=False, default_factory=dict)
+    _seen: dict[tuple[int | None, int], Visible] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.depths = []
@@ -65,33 +66,30 @@ class Segment:
         """Position of each row in its sequence."""
         return [self.prefix + depth for depth in self.depths]
 
-    def visible(self, window: int | None = None, start: int = 0) -> Tensor | None:
-        """Which slots ``start .. length`` each row may see: bool ``[n, length - start]``; None if it is all of them.
+    def seen(self, window: int | None = None, start: int = 0) -> Visible:
+        """What the rows see of slots ``start .. length``, counted from ``start``.
 
         ``window`` hides positions that are ``window`` or more before the row's own (a sliding-window layer).
         """
-        if len(self.tokens) == 1 and (window is None or self.length - start <= window):
-            return None
-        if (window, start) not in self._masks:
-            self._masks[window, start] = self._mask(window, start)
-        return self._masks[window, start]
+        if (window, start) not in self._seen:
+            self._seen[window, start] = self._see(window, start)
+        return self._seen[window, start]
 
-    def _mask(self, window: int | None, start: int) -> Tensor:
-        mask = torch.ones(len(self.tokens), self.length - start, dtype=torch.bool, device=self.device)
-        mask[:, self.prefix - start :] = self._ancestors
-        if window is not None:
-            own = torch.tensor(self.positions, device=self.device)
-            slots = torch.cat([torch.arange(start, self.prefix, device=self.device), own])
-            mask &= slots[None, :] > own[:, None] - window
-        return mask
+    def _see(self, window: int | None, start: int) -> Visible:
+        own = torch.tensor(self.positions, dtype=torch.int32, device=self.device)
+        low = tail = None
+        if window is not None and self.length - start > window:
+            low = (own - (window - 1 + start)).clamp(min=0)
+        if not self.is_chain:
+            tail = self._ancestors
+            if window is not None:
+                tail = tail & (own[None, :] > own[:, None] - window)
+        return Visible(self.prefix - start, self.length - start, own, low, tail)
 
     @property
     def _ancestors(self) -> Tensor:
         """bool ``[n, n]``: the ancestors of each row, and the row itself."""
-        count = len(self.tokens)
-        if self.is_chain:
-            return torch.ones(count, count, dtype=torch.bool, device=self.device).tril()
-        mask = torch.eye(count, dtype=torch.bool)
+        mask = torch.eye(len(self.tokens), dtype=torch.bool)
         for row, parent in enumerate(self.parents):
             if parent != PREFIX:
                 mask[row] |= mask[parent]

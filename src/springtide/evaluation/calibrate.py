@@ -51,7 +51,7 @@ class Probe(Policy):
     def _measure(self, layer: Layer, q: Tensor, segment: Segment) -> None:
         keys, _ = segment.cache.read(layer.index, 0, segment.length)
         logits = kernels.scores(q, keys, layer.scale, layer.softcap)
-        mask = segment.visible()
+        mask = segment.seen().mask
         if mask is not None:
             logits = logits.masked_fill(~mask[:, None, None, :], -torch.inf)
         probs = logits.softmax(-1)

@@ -44,7 +44,7 @@ class Meter:
         """Compare ``index [R, H_kv, B]``, what the rows are about to read, with dense attention."""
         keys, _ = segment.cache.read(layer.index, 0, segment.length)
         logits = kernels.scores(q, keys, layer.scale, layer.softcap)
-        seen = segment.visible()
+        seen = segment.seen().mask
         if seen is not None:
             logits = logits.masked_fill(~seen[:, None, None, :], -torch.inf)
         probs = logits.softmax(-1).mean(2)

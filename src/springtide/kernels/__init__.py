@@ -1,24 +1,32 @@
 """Attention kernels: the fastest form of :mod:`springtide.kernels.reference` that the inputs allow.
 
-Here that is torch's fused attention, which computes in the inputs' dtype and has no soft cap; with a soft cap the
-reference runs. The query heads of a group are folded into rows, so that a KV head is read once for all of them.
+On the CPU, for fp32 and bf16, these are the C++ kernels (:mod:`springtide.kernels.native`). Elsewhere it is torch's
+fused attention, which computes in the inputs' dtype and has no soft cap; with a soft cap the reference runs. The query
+heads of a group are folded into rows, so that a KV head is read once for all of them.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from springtide.kernels import reference
+from springtide.kernels import native, reference
 from springtide.kernels.reference import gather, select
+from springtide.kernels.visible import Visible
 
-__all__ = ["attend", "attend_gathered", "scores", "select"]
+__all__ = ["Visible", "attend", "attend_gathered", "choose", "scores", "select"]
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, softcap: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Visible | None = None, softcap: float | None = None
 ) -> Tensor:
-    """See :func:`springtide.kernels.reference.attend`."""
+    """See :func:`springtide.kernels.reference.attend`; what is ``seen`` (None: everything) stands for the mask."""
+    level = native.of(q, k, v)
+    if level is not None:
+        return native.attend(level, q, k, v, scale, seen, softcap)
+    mask = None if seen is None else seen.mask
     if softcap is not None:
         return reference.attend(q, k, v, scale, mask, softcap)
     rows, heads, head_dim = q.shape
@@ -40,6 +48,9 @@ def attend_gathered(
     softcap: float | None = None,
 ) -> Tensor:
     """See :func:`springtide.kernels.reference.attend_gathered`."""
+    level = native.of(q, k, v)
+    if level is not None:
+        return native.attend(level, q, k, v, scale, None, softcap, index, mask)
     if softcap is not None:
         return reference.attend_gathered(q, k, v, index, scale, mask, softcap)
     rows, heads, head_dim = q.shape
@@ -48,6 +59,28 @@ def attend_gathered(
         mask = mask[:, :, None, :]
     out = scaled_dot_product_attention(grouped, gather(k, index), gather(v, index), attn_mask=mask, scale=scale)
     return out.reshape(rows, heads, head_dim)
+
+
+def choose(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    seen: Visible,
+    budget: int,
+    *,
+    sinks: int = 0,
+    recent: int = 1,
+    pool: Literal["mean", "max"] = "mean",
+    heads: Literal["kv", "all"] = "kv",
+    softcap: float | None = None,
+) -> Tensor:
+    """See :func:`springtide.kernels.reference.choose`."""
+    level = native.of(q, k)
+    how = {"sinks": sinks, "recent": recent, "pool": pool, "heads": heads, "softcap": softcap}
+    if level is not None:
+        return native.choose(level, q, k, scale, seen, budget, **how)  # type: ignore[arg-type]
+    ranking = reference.pooled(scores(q, k, scale, softcap), seen, pool, heads)
+    return select(reference.keep_first(ranking, seen, sinks, recent), budget)
 
 
 def scores(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:

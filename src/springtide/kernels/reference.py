@@ -6,8 +6,12 @@ KV head ``h // (H / H_kv)``. Arithmetic is fp32 (fp64 for fp64 input), whatever 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+from springtide.kernels.visible import Visible
 
 
 def scores(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
@@ -58,6 +62,67 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x [H_kv, L, D]`` at ``index [R, H_kv, B]``: ``[R, H_kv, B, D]``."""
     heads = torch.arange(x.shape[0], device=x.device)[None, :, None]
     return x[heads, index]
+
+
+def choose(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    seen: Visible,
+    budget: int,
+    *,
+    sinks: int = 0,
+    recent: int = 1,
+    pool: Literal["mean", "max"] = "mean",
+    heads: Literal["kv", "all"] = "kv",
+    softcap: float | None = None,
+) -> Tensor:
+    """The ``budget`` slots that each row wants most, ``[R, H_kv, B]``, ascending.
+
+    First those of :func:`keep_first`, then by :func:`pooled` scores.
+    """
+    ranking = pooled(scores(q, k, scale, softcap), seen, pool, heads)
+    return select(keep_first(ranking, seen, sinks, recent), budget)
+
+
+def pooled(wanted: Tensor, seen: Visible, pool: Literal["mean", "max"], heads: Literal["kv", "all"]) -> Tensor:
+    """How much each row wants each slot, ``[R, H_kv, L]``: ``wanted [R, H_kv, G, L]``, joined over a KV head's queries.
+
+    ``pool="mean"`` averages the heads' softmax probabilities (Kascade); ``"max"`` takes the largest logit.
+    ``heads="all"`` pools over every KV head too, so that all read the same slots (LessIsMore). Slots that a row may
+    not see score ``-inf``.
+    """
+    if seen.mask is not None:
+        wanted = wanted.masked_fill(~seen.mask[:, None, None, :], -torch.inf)
+    if pool == "mean":
+        wanted = wanted.softmax(-1)
+    join = torch.mean if pool == "mean" else torch.amax
+    ranking = join(wanted, dim=2)
+    if heads == "all":
+        ranking = join(ranking, dim=1, keepdim=True).expand_as(ranking).contiguous()
+    return ranking if seen.mask is None else ranking.masked_fill(~seen.mask[:, None, :], -torch.inf)
+
+
+def keep_first(ranking: Tensor, seen: Visible, sinks: int, recent: int) -> Tensor:
+    """Put the row itself, its ``recent`` newest tokens and the ``sinks`` oldest first, in this order, in ``ranking``.
+
+    ``ranking [R, ..., L]`` is written in place. A budget too small for all of them keeps the first of that order: no
+    two rank the same, so that what is kept does not depend on how ties are broken.
+    """
+    own = seen.positions.long()
+    slots = torch.cat([torch.arange(seen.prefix, device=ranking.device), own])
+    age = own[:, None] - slots[None, :]
+    near, oldest = age < recent, (slots < sinks).expand_as(age)
+    itself = torch.arange(seen.length, device=ranking.device)[None] == (
+        seen.prefix + torch.arange(len(own), device=ranking.device)[:, None]
+    )
+    if seen.mask is not None:
+        near, oldest = near & seen.mask, oldest & seen.mask
+    # The row itself is 1, the newest go down from 1/2 to 1/4 with age, the oldest from 1/8 to 1/16 with position.
+    rank = torch.where(near, 0.5 - age / (4 * max(recent, 1)), 0.125 - slots / (16 * max(sinks, 1)))
+    rank = rank.masked_fill(itself, 1.0).to(ranking.dtype) * torch.finfo(ranking.dtype).max
+    shape = (len(own), *[1] * (ranking.ndim - 2), seen.length)
+    return ranking.copy_(torch.where((itself | near | oldest).view(shape), rank.view(shape), ranking))
 
 
 def select(ranking: Tensor, budget: int) -> Tensor:

@@ -1,0 +1,534 @@
+// bf16 kernels for Intel's matrix tiles (AMX) with AVX-512; everything else is the AVX-512 code.
+//
+// A tile holds 16 rows of 64 bytes. TDPBF16PS adds to C [16, 16] the product of A [16, 32] and B [32, 16], where B has
+// two consecutive rows interleaved. Weights and keys are A as they lie in memory, so that nothing is repacked on the
+// way from memory; what few rows there are of the other side is packed as B.
+
+#include <immintrin.h>
+
+#define SPRINGTIDE_WIDTH 16
+#include "vector.inc"
+
+namespace springtide {
+namespace {
+
+constexpr int kTile = 16;   // rows of a tile, and columns of C
+constexpr int kDepth = 32;  // bf16 elements in a row of A
+
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+inline void enter_tiles() {
+  TileConfig config;
+  _tile_loadconfig(&config);
+}
+
+// The compiler's own tile intrinsics take no template arguments, and let it move stores across tile loads.
+template <int Tile>
+inline void tile_load(const void* from, std::int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(Tile) : "memory");
+}
+
+template <int Tile>
+inline void tile_store(void* to, std::int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(Tile) : "memory");
+}
+
+template <int Tile>
+inline void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(Tile));
+}
+
+// C += A B.
+template <int C, int A, int B>
+inline void tile_multiply() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
+inline __m512i load_line(const void* p) { return _mm512_loadu_si512(p); }
+
+// Transpose 16 rows of 16 dwords.
+inline void transpose(__m512i x[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    x[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    x[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    x[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    x[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    x[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    x[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    x[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    x[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// Up to 16 rows of up to 32 elements as a B tile: rows become columns. Missing ones are zero.
+inline void pack_tile(const bf16* const* rows, int count, std::int64_t from, int elements, bf16* tile) {
+  __m512i x[16];
+  __mmask32 some = elements >= kDepth ? 0xffffffffu : (1u << elements) - 1;
+  for (int r = 0; r < 16; r++) x[r] = r < count ? _mm512_maskz_loadu_epi16(some, rows[r] + from) : __m512i{};
+  transpose(x);
+  for (int r = 0; r < 16; r++) _mm512_store_si512(tile + r * kDepth, x[r]);
+}
+
+// 2^x to a relative error of 3e-6, and exactly 1 for 0; 0 for minus infinity.
+inline __m512 fast_exp2(__m512 x) {
+  __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(0.01342668f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.05224247f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.2412802f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69304484f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, x);
+}
+
+// -- attention ------------------------------------------------------------------------------------------------------
+
+// As VectorCore. Logits come as [slot, row], so that softmax runs along lanes; weights are transposed into A tiles.
+// Pairs of values are interleaved within 128-bit lanes, which permutes the output's dimensions until the end.
+//
+// Work on 16 rows (a column) and a block of slots is an item. While the vector unit weighs an item, the tile unit
+// multiplies the keys of the next item and the values of the last one: so a block is computed when the next one is
+// given, and memory is read evenly all the time.
+class TileCore {
+ public:
+  static constexpr int kRows = 64, kTokens = 64;
+
+  static std::size_t bytes(int dim) {
+    int wide = up(dim, kDepth);
+    return Arena::room<bf16>(kRows * wide) + Arena::room<float>(kRows * wide) + 6 * Arena::room<bf16>(kTokens * wide) +
+           2 * Arena::room<float>(kTokens * kTile) + 2 * Arena::room<bf16>(kTokens * kTile) +
+           2 * Arena::room<float>(kRows);
+  }
+
+  TileCore(int dim, float scale, float softcap, Arena& arena)
+      : dim_(dim), wide_(up(dim, kDepth)), logit_(scale, softcap) {
+    q_ = arena.take<bf16>(kRows * wide_);
+    out_ = arena.take<float>(kRows * wide_);
+    for (int i = 0; i < 2; i++) {
+      staged_k_[i] = arena.take<bf16>(kTokens * wide_);
+      staged_v_[i] = arena.take<bf16>(kTokens * wide_);
+      v_[i] = arena.take<bf16>(kTokens * wide_);
+      s_[i] = arena.take<float>(kTokens * kTile);
+      p_[i] = arena.take<bf16>(kTokens * kTile);
+    }
+    top_ = arena.take<float>(kRows);
+    total_ = arena.take<float>(kRows);
+    enter_tiles();
+  }
+
+  static void leave() { _tile_release(); }
+
+  void start(const bf16* const* q, int rows) {
+    rows_ = rows, columns_ = (rows + kTile - 1) / kTile;
+    blocks_ = items_ = 0;
+    last_ = {};
+    for (int d = 0; d < wide_ / kDepth; d++)
+      for (int c = 0; c < columns_; c++)
+        pack_tile(q + c * kTile, std::min(kTile, rows - c * kTile), d * kDepth, std::min(kDepth, dim_ - d * kDepth),
+                  q_ + (d * columns_ + c) * kTile * kDepth);
+    for (int r = 0; r < kRows; r++) top_[r] = -kInfinity, total_[r] = 0;
+    std::memset(out_, 0, sizeof(float) * columns_ * kTile * wide_);
+  }
+
+  void tokens(const bf16* k, const bf16* v, const std::int64_t* slots, int count, const std::uint8_t* mask) {
+    Block next{k, v, mask, dim_, count, static_cast<int>(up(count, kDepth)), blocks_ % 2, true};
+    if (slots || count < next.padded || dim_ != wide_) {
+      next.k = stage(k, slots, count, next.padded, staged_k_[next.parity]);
+      next.v = stage(v, slots, count, next.padded, staged_v_[next.parity]);
+      next.stride = wide_, next.streams = false;
+    }
+    if (blocks_)
+      weigh(&next);
+    else
+      for (int t = 0; t < next.padded; t += kTile) product(next.k, next.stride, t, 0, s_[0]);
+    block_ = next;
+    blocks_++;
+  }
+
+  void finish(float* out, float* top, float* total) {
+    if (blocks_) weigh(nullptr);
+    if (last_.padded)
+      for (int d = 0; d < wide_ / kTile; d += 4) add_values(d);
+    for (int r = 0; r < rows_; r++) {
+      for (int d = 0; d < dim_; d++) out[r * dim_ + d] = out_[r * wide_ + place_of(d)];
+      top[r] = top_[r], total[r] = total_[r];
+    }
+  }
+
+  void logits(const bf16* k, std::int64_t count, float* out, std::int64_t stride) {
+    for (std::int64_t first = 0; first < count; first += kTile) {
+      const int n = std::min<std::int64_t>(kTile, count - first);
+      const bf16* own = k + first * dim_;
+      int step = dim_;
+      if (n < kTile || dim_ != wide_) {
+        own = stage(own, nullptr, n, kTile, staged_k_[0]);
+        step = wide_;
+      }
+      for (int c = 0; c < columns_; c++) {
+        product(own, step, 0, c, s_[0]);
+        __m512i x[16];
+        for (int i = 0; i < kTile; i++) x[i] = load_line(s_[0] + i * kTile);
+        transpose(x);
+        for (int r = c * kTile; r < std::min(rows_, (c + 1) * kTile); r++)
+          store(out + r * stride + first, logit_((vf)_mm512_castsi512_ps(x[r - c * kTile])));
+      }
+    }
+  }
+
+ private:
+  struct Block {
+    const bf16 *k, *v;
+    const std::uint8_t* mask;
+    int stride, count, padded, parity;
+    bool streams;  // the slots that come after these lie behind them in memory
+  };
+
+  // Where dimension d is found in a row of out_.
+  static int place_of(int d) { return d / 32 * 32 + (d % 8 / 4) * 16 + d % 32 / 8 * 4 + d % 4; }
+
+  const bf16* stage(const bf16* from, const std::int64_t* slots, int count, int padded, bf16* to) const {
+    for (int t = 0; t < padded; t++) {
+      const bf16* row = from + (slots ? slots[std::min(t, count - 1)] : std::min(t, count - 1)) * dim_;
+      for (int d = 0; d < wide_; d += kDepth) {
+        __mmask32 some = dim_ - d >= kDepth ? 0xffffffffu : (1u << (dim_ - d)) - 1;
+        if (t >= count) some = 0;
+        _mm512_store_si512(to + t * wide_ + d, _mm512_maskz_loadu_epi16(some, row + d));
+      }
+      if (slots && t + kAheadGathered < count) fetch(from + slots[t + kAheadGathered] * dim_, 1);
+    }
+    return to;
+  }
+
+  void fetch(const bf16* rows, int count) const {
+    for (int d = 0; d < count * dim_; d += kDepth)
+      _mm_prefetch(reinterpret_cast<const char*>(rows + d), _MM_HINT_T0);
+  }
+
+  // s [slot, row]: dot products of the 16 keys from `t` on with a column of rows.
+  void product(const bf16* k, int stride, int t, int column, float* s) const {
+    const bf16 *own = k + t * stride, *q = q_ + column * kTile * kDepth;
+    tile_zero<6>();
+    for (int d = 0; d < wide_; d += kDepth, q += columns_ * kTile * kDepth) {
+      tile_load<7>(own + d, stride * 2);
+      tile_load<5>(q, 64);
+      tile_multiply<6, 7, 5>();
+    }
+    tile_store<6>(s + t * kTile, 64);
+  }
+
+  // Values of two slots as rows of B tiles, two of these for each 32 slots and 32 dimensions.
+  void interleave(const Block& b, int t) const {
+    const bf16* from = b.v + t * b.stride;
+    bf16* to = v_[b.parity] + (t / kDepth * (wide_ / kTile) * kTile + t % kDepth / 2) * kDepth;
+    for (int d = 0; d < wide_; d += kDepth) {
+      __m512i x = load_line(from + d), y = load_line(from + b.stride + d);
+      _mm512_store_si512(to + d * kDepth, _mm512_unpacklo_epi16(x, y));
+      _mm512_store_si512(to + (d + kTile) * kDepth, _mm512_unpackhi_epi16(x, y));
+    }
+  }
+
+  // A column's logits in units of log2, where they are not just scaled dot products.
+  void adjust(float* s, int column, const Block& b) const {
+    for (int t = 0; t < b.count; t++) {
+      __m512 x = _mm512_loadu_ps(s + t * kTile);
+      if (logit_.cap > 0) x = (__m512)logit_((vf)x);
+      if (b.mask) {
+        __m128i own = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b.mask + t * kRows + column * kTile));
+        x = _mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), _mm_test_epi8_mask(own, own), x);
+      }
+      _mm512_storeu_ps(s + t * kTile, x);
+    }
+  }
+
+  void weigh(const Block* next) {
+    for (int c = 0; c < columns_; c++) {
+      const bool more = c + 1 < columns_;
+      weigh(c, block_, more ? &block_ : next, more ? c + 1 : 0);
+    }
+  }
+
+  // An item's weights as A tiles, its rows' new maxima and totals, and their sums of values scaled to the new maxima.
+  void weigh(int column, const Block& b, const Block* next, int next_column) {
+    float *s = s_[items_ % 2], *next_s = s_[1 - items_ % 2];
+    bf16* p = p_[items_ % 2];
+    if (b.mask || logit_.cap > 0) adjust(s, column, b);
+    for (int t = b.count; t < b.padded; t++) _mm512_storeu_ps(s + t * kTile, _mm512_set1_ps(-kInfinity));
+    const __m512 scale = _mm512_set1_ps(logit_.cap > 0 ? 1.0f : logit_.scale);
+    __m512 tops[4];
+    for (auto& top : tops) top = _mm512_set1_ps(-kInfinity);
+    for (int t = 0; t < b.padded; t += 4)
+      for (int i = 0; i < 4; i++) tops[i] = _mm512_max_ps(tops[i], _mm512_loadu_ps(s + (t + i) * kTile));
+    __m512 best = _mm512_max_ps(_mm512_max_ps(tops[0], tops[1]), _mm512_max_ps(tops[2], tops[3]));
+    const __m512 old = _mm512_loadu_ps(top_ + column * kTile);
+    best = _mm512_max_ps(old, _mm512_mul_ps(best, scale));
+    const __mmask16 none = _mm512_cmp_ps_mask(best, _mm512_set1_ps(-kInfinity), _CMP_EQ_OQ);
+    const __m512 base = _mm512_mask_mov_ps(best, none, _mm512_setzero_ps());
+    const __m512 keep = fast_exp2(_mm512_sub_ps(old, base));
+    _mm512_storeu_ps(top_ + column * kTile, best);
+    Weights w;
+    w.s = s, w.scale = scale, w.base = base, w.mass[0] = w.mass[1] = _mm512_setzero_ps();
+    if (last_.padded) load_sums(0);
+    for (int t = 0; t < kTokens; t += kDepth) {
+      const bool own = t < b.padded, values = t < last_.padded, keys = next && t < next->padded;
+      if (own) pairs<0>(w, b, column, t);
+      if (values) add<0>(t, 0);
+      if (keys) product(next->k, next->stride, t, next_column, next_s);
+      if (own) pairs<4>(w, b, column, t);
+      if (values) add<1>(t, 0);
+      if (own) pairs<8>(w, b, column, t);
+      if (values) add<2>(t, 0);
+      if (keys) product(next->k, next->stride, t + kTile, next_column, next_s);
+      if (own) pairs<12>(w, b, column, t);
+      if (values) add<3>(t, 0);
+      if (!own) continue;
+      transpose(w.pairs);
+      for (int i = 0; i < 16; i++) _mm512_store_si512(p + (t / 2 + i) * kDepth, w.pairs[i]);
+    }
+    if (last_.padded) {
+      store_sums(0);
+      for (int d = 4; d < wide_ / kTile; d += 4) add_values(d);
+    }
+    float* total = total_ + column * kTile;
+    __m512 sums = _mm512_add_ps(w.mass[0], w.mass[1]);
+    _mm512_storeu_ps(total, _mm512_fmadd_ps(_mm512_loadu_ps(total), keep, sums));
+    // Maxima seldom move after the first slots.
+    if (_mm512_cmp_ps_mask(keep, _mm512_set1_ps(1.0f), _CMP_NEQ_OQ)) {
+      alignas(64) float kept[kTile];
+      _mm512_store_ps(kept, keep);
+      for (int r = 0; r < kTile; r++) {
+        float* sum = out_ + (column * kTile + r) * wide_;
+        for (int d = 0; d < wide_; d += 16)
+          _mm512_storeu_ps(sum + d, _mm512_mul_ps(_mm512_loadu_ps(sum + d), _mm512_set1_ps(kept[r])));
+      }
+    }
+    last_ = {column, b.padded, v_[b.parity], p};
+    items_++;
+  }
+
+  struct Weights {
+    const float* s;
+    __m512 scale, base, mass[2];
+    __m512i pairs[16];
+  };
+
+  // Weights of four pairs of slots, from pair `First` of the 32 slots at `t` on.
+  template <int First>
+  void pairs(Weights& w, const Block& b, int column, int t) const {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (int i = First; i < First + 4; i++) {
+      const float* at = w.s + (t + 2 * i) * kTile;
+      __m512 x = fast_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at), w.scale, w.base));
+      __m512 y = fast_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at + kTile), w.scale, w.base));
+      w.mass[0] = _mm512_add_ps(w.mass[0], x), w.mass[1] = _mm512_add_ps(w.mass[1], y);
+      w.pairs[i] = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+      if (column > 0) continue;
+      interleave(b, t + 2 * i);
+      if (b.streams) {
+        fetch(b.v + (t + 2 * i + kAhead) * dim_, 2);
+        fetch(b.k + (t + 2 * i + kTokens + kAhead) * dim_, 2);
+      }
+    }
+  }
+
+  // Tiles 0 to 3: the last item's sums of values in the 64 dimensions from tile `d` on.
+  void load_sums(int d) const {
+    const float* out = out_ + last_.column * kTile * wide_ + d * kTile;
+    const int tiles = wide_ / kTile - d;
+    tile_load<0>(out, wide_ * 4);
+    if (tiles > 1) tile_load<1>(out + kTile, wide_ * 4);
+    if (tiles > 2) tile_load<2>(out + 2 * kTile, wide_ * 4);
+    if (tiles > 3) tile_load<3>(out + 3 * kTile, wide_ * 4);
+  }
+
+  void store_sums(int d) {
+    float* out = out_ + last_.column * kTile * wide_ + d * kTile;
+    const int tiles = wide_ / kTile - d;
+    tile_store<0>(out, wide_ * 4);
+    if (tiles > 1) tile_store<1>(out + kTile, wide_ * 4);
+    if (tiles > 2) tile_store<2>(out + 2 * kTile, wide_ * 4);
+    if (tiles > 3) tile_store<3>(out + 3 * kTile, wide_ * 4);
+  }
+
+  // Tile J += the last item's weights times values, of 32 slots in 16 dimensions; `d` is the first of four tiles.
+  template <int J>
+  void add(int t, int d) const {
+    const int tiles = wide_ / kTile;
+    if (d + J >= tiles) return;
+    if (J == 0) tile_load<4>(last_.p + t * kTile, 64);
+    tile_load<5>(last_.v + (t / kDepth * tiles + d + J) * kTile * kDepth, 64);
+    tile_multiply<J, 4, 5>();
+  }
+
+  void add_values(int d) {
+    load_sums(d);
+    for (int t = 0; t < last_.padded; t += kDepth) {
+      add<0>(t, d);
+      add<1>(t, d);
+      add<2>(t, d);
+      add<3>(t, d);
+    }
+    store_sums(d);
+  }
+
+  // Slots between what is read and what is fetched meanwhile, in memory's order and gathered.
+  static constexpr int kAhead = 16, kAheadGathered = 24;
+
+  struct Item {
+    int column, padded;  // padded 0: there is none
+    const bf16 *v, *p;
+  };
+
+  int dim_, wide_, rows_ = 0, columns_ = 0, blocks_ = 0, items_ = 0;
+  Logit logit_;
+  Block block_{};  // given, and not weighed yet
+  Item last_{};    // weighed, but its values are not added yet
+  bf16 *q_, *staged_k_[2], *staged_v_[2], *v_[2], *p_[2];
+  float *out_, *s_[2], *top_, *total_;
+};
+
+// -- linear layers --------------------------------------------------------------------------------------------------
+
+// As VectorLinear: a tile of 16 outputs' weights is A, up to 64 rows are B in blocks of 16.
+struct TileLinear {
+  static std::size_t packed(std::int64_t rows, std::int64_t inputs) {
+    return up(rows, kTile) * inputs * sizeof(bf16);
+  }
+
+  static void pack(const bf16* x, std::int64_t rows, std::int64_t inputs, void* to) {
+    const std::int64_t columns = (rows + kTile - 1) / kTile;
+    Share share(inputs / kDepth, 1);
+    for (std::int64_t d = share.first; d < share.last; d++)
+      for (std::int64_t c = 0; c < columns; c++) {
+        const bf16* own[kTile];
+        int count = std::min<std::int64_t>(kTile, rows - c * kTile);
+        for (int r = 0; r < count; r++) own[r] = x + (c * kTile + r) * inputs;
+        pack_tile(own, count, d * kDepth, kDepth, static_cast<bf16*>(to) + (d * columns + c) * kTile * kDepth);
+      }
+#pragma omp barrier
+  }
+
+  static void multiply(const Matrix& m, const void* packed, std::int64_t rows, bf16* out) {
+    enter_tiles();
+    const int columns = (rows + kTile - 1) / kTile;
+    const bf16* x = static_cast<const bf16*>(packed);
+    Share share(m.outputs, kTile);
+    for (std::int64_t n = share.first; n < share.last; n += kTile)
+      for (int c = 0; c < columns; c += 4) {
+        if (columns - c >= 4)
+          outputs<4>(m, x, columns, c, n, rows, out);
+        else if (columns - c == 3)
+          outputs<3>(m, x, columns, c, n, rows, out);
+        else if (columns - c == 2)
+          outputs<2>(m, x, columns, c, n, rows, out);
+        else
+          outputs<1>(m, x, columns, c, n, rows, out);
+      }
+  }
+
+  static bool fits(const Matrix& m) { return m.inputs % kDepth == 0 && m.outputs % kTile == 0; }
+
+  static void leave() { _tile_release(); }
+
+ private:
+  static constexpr std::int64_t kAhead = 128;  // elements between what is read of a row and what is fetched meanwhile
+
+  // 16 outputs, from n on, of C columns of 16 rows.
+  template <int C>
+  static void outputs(const Matrix& m, const bf16* x, int columns, int column, std::int64_t n, std::int64_t rows,
+                      bf16* out) {
+    const bf16* w = static_cast<const bf16*>(m.weight) + n * m.inputs;
+    const bf16* own = x + column * kTile * kDepth;
+    tile_zero<0>();
+    if (C > 1) tile_zero<1>();
+    if (C > 2) tile_zero<2>();
+    if (C > 3) tile_zero<3>();
+    for (std::int64_t d = 0; d < m.inputs; d += kDepth, own += columns * kTile * kDepth) {
+      // Near the end of these 16 rows, the beginning of the next 16.
+      const std::int64_t ahead = d + kAhead < m.inputs ? d + kAhead : d + kAhead + (kTile - 1) * m.inputs;
+      for (int i = 0; i < kTile; i++)
+        _mm_prefetch(reinterpret_cast<const char*>(w + i * m.inputs + ahead), _MM_HINT_T1);
+      tile_load<4>(w + d, m.inputs * 2);
+      tile_load<5>(own, 64);
+      tile_multiply<0, 4, 5>();
+      if (C > 1) {
+        tile_load<6>(own + kTile * kDepth, 64);
+        tile_multiply<1, 4, 6>();
+      }
+      if (C > 2) {
+        tile_load<7>(own + 2 * kTile * kDepth, 64);
+        tile_multiply<2, 4, 7>();
+      }
+      if (C > 3) {
+        tile_load<5>(own + 3 * kTile * kDepth, 64);
+        tile_multiply<3, 4, 5>();
+      }
+    }
+    alignas(64) float c[4][kTile * kTile];
+    tile_store<0>(c[0], 64);
+    if (C > 1) tile_store<1>(c[1], 64);
+    if (C > 2) tile_store<2>(c[2], 64);
+    if (C > 3) tile_store<3>(c[3], 64);
+    const vf bias = m.bias ? load(static_cast<const bf16*>(m.bias) + n) : vf{};
+    for (int j = 0; j < C; j++) {
+      __m512i block[kTile];
+      for (int o = 0; o < kTile; o++) block[o] = load_line(c[j] + o * kTile);
+      transpose(block);
+      const std::int64_t first = (column + j) * kTile;
+      for (std::int64_t r = first; r < std::min<std::int64_t>(rows, first + kTile); r++)
+        store(out + r * m.outputs + n, (vf)_mm512_castsi512_ps(block[r - first]) + bias);
+    }
+  }
+};
+
+void attend_bf16(const Attend& a) { attend<TileCore, bf16>(a); }
+
+void select_bf16(const Select& s) { select<TileCore, bf16>(s); }
+
+void linear_bf16(const Matrix& m, const void* x, void* out, std::int64_t rows, int threads) {
+  (TileLinear::fits(m) ? linear<TileLinear, bf16> : linear<VectorLinear<bf16>, bf16>)(m, x, out, rows, threads);
+}
+
+bool fits(const Block& b) {
+  for (const Matrix* m : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down})
+    if (!TileLinear::fits(*m)) return false;
+  return true;
+}
+
+void before_bf16(const Block& b, const void* x, const void* cos, const void* sin, void* q, void* k, void* v,
+                 std::int64_t rows, int threads) {
+  (fits(b) ? before<TileLinear, bf16> : before<VectorLinear<bf16>, bf16>)(b, x, cos, sin, q, k, v, rows, threads);
+}
+
+void after_bf16(const Block& b, const void* x, const void* attention, void* out, std::int64_t rows, int threads) {
+  (fits(b) ? after<TileLinear, bf16> : after<VectorLinear<bf16>, bf16>)(b, x, attention, out, rows, threads);
+}
+
+}  // namespace
+
+const Level amx = {
+    "amx",
+    {attend<VectorCore<float>, float>, attend_bf16},
+    {select<VectorCore<float>, float>, select_bf16},
+    {linear<VectorLinear<float>, float>, linear_bf16},
+    {before<VectorLinear<float>, float>, before_bf16},
+    {after<VectorLinear<float>, float>, after_bf16},
+};
+
+}  // namespace springtide

@@ -1,0 +1,204 @@
+"""The C++ kernels of every level that this machine has equal the reference, on whatever shapes come."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from springtide.engine.cache import Cache
+from springtide.engine.rows import PREFIX, Segment
+from springtide.kernels import Visible, native, reference
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+LEVELS = [pytest.param(native._cpu.level(name), id=name) for name in native.levels()]
+for_every_level = pytest.mark.parametrize("level", LEVELS)
+exhaustive = settings(deadline=None, max_examples=25)
+
+
+def near(got, expected, tolerance):
+    assert got.shape == expected.shape
+    assert ((got.double() - expected).abs().max() / expected.abs().max()).item() <= tolerance
+
+
+class Draw:
+    """Random tensors of one dtype, as the kernels get them: queries transposed, keys and values out of a buffer."""
+
+    def __init__(self, data):
+        self.generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+        self.dtype = data.draw(st.sampled_from(list(TOLERANCE)))
+        self.head_dim = data.draw(st.sampled_from([8, 32, 64, 80, 96, 128, 256]))
+        self.kv_heads, self.group = data.draw(st.sampled_from([1, 2, 3])), data.draw(st.sampled_from([1, 2, 4, 7, 20]))
+        self.softcap = data.draw(st.sampled_from([None, None, 2.0]))
+        self.scale = self.head_dim**-0.5
+        self.threads = torch.get_num_threads()
+
+    def normal(self, *shape):
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    def q(self, rows):
+        return self.normal(self.kv_heads * self.group, rows, self.head_dim).transpose(0, 1)
+
+    def slots(self, length):
+        return self.normal(self.kv_heads, length + 5, self.head_dim)[:, 2 : length + 2]
+
+
+@st.composite
+def segments(draw):
+    """Rows that follow a prefix: a chain or a tree; and a window, if any."""
+    rows, prefix = draw(st.sampled_from([1, 2, 5, 17, 40, 70])), draw(st.sampled_from([1, 30, 128, 300, 2300]))
+    parents = [draw(st.integers(-1, row - 1)) for row in range(rows)] if draw(st.booleans()) else range(-1, rows - 1)
+    segment = Segment(Cache(1), prefix, [0] * rows, [PREFIX if p < 0 else p for p in parents], True, None)
+    return segment, draw(st.sampled_from([None, None, 1, 20, 200]))
+
+
+@for_every_level
+@exhaustive
+@given(st.data(), segments())
+def test_attend(level, data, rows):
+    """A prefix of any length, chains, trees, windows, soft caps, groups that do and don't fill a tile."""
+    case, (segment, window) = Draw(data), rows
+    start = 0 if window is None else max(0, segment.prefix - window + 1)
+    seen = segment.seen(window, start)
+    q, k, v = case.q(len(segment.tokens)), case.slots(seen.length), case.slots(seen.length)
+    got = native.attend(level, q, k, v, case.scale, seen, case.softcap)
+    expected = reference.attend(q.double(), k.double(), v.double(), case.scale, seen.mask, case.softcap)
+    assert got.dtype == case.dtype
+    near(got, expected, TOLERANCE[case.dtype])
+
+
+@for_every_level
+@exhaustive
+@given(st.data(), st.sampled_from([1, 3, 20]), st.sampled_from([1, 16, 31, 64, 200]))
+def test_attend_gathered(level, data, rows, budget):
+    case = Draw(data)
+    q, k, v = case.q(rows), case.slots(230), case.slots(230)
+    index = torch.rand(rows, case.kv_heads, 230, generator=case.generator).argsort(-1)[..., :budget]
+    mask = None
+    if data.draw(st.booleans()):
+        mask = torch.rand(index.shape, generator=case.generator) < 0.6
+        mask[..., 0] = True
+    got = native.attend(level, q, k, v, case.scale, None, case.softcap, index, mask)
+    expected = reference.attend_gathered(q.double(), k.double(), v.double(), index, case.scale, mask, case.softcap)
+    near(got, expected, TOLERANCE[case.dtype])
+
+
+@for_every_level
+def test_long_prefixes_are_cut_and_joined(level):
+    """Far more slots than a unit of work has, with logits that grow along them."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 32, generator=generator)
+    k, v = (torch.randn(2, 9000, 32, generator=generator) for _ in range(2))
+    k *= torch.linspace(0, 3, 9000)[None, :, None]
+    got = native.attend(level, q, k, v, 0.5, None, None)
+    near(got, reference.attend(q.double(), k.double(), v.double(), 0.5), 1e-5)
+
+
+@for_every_level
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_a_row_is_the_same_alone_and_among_others(level, dtype):
+    """Bit for bit, so that drafting and batching change nothing: how a row is computed depends on nothing beside it."""
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(40, 8, 64, generator=generator).to(dtype)
+    k, v = (torch.randn(2, 5040, 64, generator=generator).to(dtype) for _ in range(2))
+    positions = torch.arange(5000, 5040, dtype=torch.int32)
+    together = native.attend(level, q, k, v, 0.2, Visible(5000, 5040, positions), None)
+    chosen = native.choose(level, q, k, 0.2, Visible(5000, 5040, positions), 99, **PLAIN)
+    weight = torch.randn(48, 512, generator=generator).to(dtype)
+    x = torch.randn(40, 512, generator=generator).to(dtype)
+    product = native.linear(level, x, weight)
+    for row in (0, 17, 39):
+        alone = Visible(5000 + row, 5001 + row, positions[row : row + 1])
+        seen_k, seen_v = k[:, : 5001 + row], v[:, : 5001 + row]
+        assert torch.equal(native.attend(level, q[row : row + 1], seen_k, seen_v, 0.2, alone, None)[0], together[row])
+        assert torch.equal(native.choose(level, q[row : row + 1], seen_k, 0.2, alone, 99, **PLAIN)[0], chosen[row])
+        assert torch.equal(native.linear(level, x[row : row + 1], weight)[0], product[row])
+
+
+@for_every_level
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(level, threads):
+    generator = torch.Generator().manual_seed(2)
+    q, k = torch.randn(3, 4, 32, generator=generator), torch.randn(1, 5000, 32, generator=generator)
+    before = torch.get_num_threads()
+    expected = native.attend(level, q, k, k, 0.2, None, None)
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(native.attend(level, q, k, k, 0.2, None, None), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+PLAIN = {"sinks": 2, "recent": 5, "pool": "mean", "heads": "kv", "softcap": None}
+
+
+@for_every_level
+@exhaustive
+@given(
+    st.data(), segments(), st.integers(1, 150), st.sampled_from([0, 2, 9]), st.sampled_from([0, 1, 12]),
+    st.sampled_from(["mean", "max"]), st.sampled_from(["kv", "all"]),
+)  # fmt: skip
+def test_choose(level, data, rows, budget, sinks, recent, pool, heads):
+    """The kernel's choice is the reference's, but for slots whose scores are within rounding of the last one chosen."""
+    case, (segment, _) = Draw(data), rows
+    seen = segment.seen()
+    q, k = case.q(len(segment.tokens)), case.slots(seen.length)
+    how = {"sinks": sinks, "recent": recent, "pool": pool, "heads": heads, "softcap": case.softcap}
+    got = native.choose(level, q, k, case.scale, seen, budget, **how)
+    assert got.shape == (len(q), case.kv_heads, min(budget, seen.length))
+    assert (got.diff(dim=-1) > 0).all()
+    wanted = reference.scores(q.double(), k.double(), case.scale, case.softcap)
+    pooled = reference.pooled(wanted, seen, pool, heads)
+    kept = reference.keep_first(torch.zeros_like(pooled), seen, sinks, recent)
+    ranking = torch.where(kept > 0, kept, pooled)
+    expected = reference.select(ranking, budget)
+    for row in range(len(q)):
+        for head in range(case.kv_heads):
+            differ = set(got[row, head].tolist()) ^ set(expected[row, head].tolist())
+            last = ranking[row, head, expected[row, head]].min()
+            for slot in differ:
+                assert ranking[row, head, slot] == last or abs(ranking[row, head, slot] / last - 1) < 1e-4
+
+
+@for_every_level
+def test_choose_breaks_ties_by_place(level):
+    q, k = torch.ones(1, 2, 32), torch.ones(1, 300, 32)
+    seen = Visible(299, 300, torch.tensor([299], dtype=torch.int32))
+    got = native.choose(level, q, k, 1.0, seen, 10, **PLAIN | {"sinks": 0, "recent": 2})
+    assert got[0, 0].tolist() == [*range(8), 298, 299]
+
+
+@for_every_level
+@exhaustive
+@given(
+    st.data(), st.sampled_from([1, 2, 5, 16, 33, 64, 90]), st.sampled_from([32, 64, 72, 352]),
+    st.sampled_from([16, 40, 64, 208]), st.booleans(),
+)  # fmt: skip
+def test_linear(level, data, rows, inputs, outputs, biased):
+    case = Draw(data)
+    x, weight = case.normal(rows, inputs), case.normal(outputs, inputs)
+    bias = case.normal(outputs) if biased else None
+    expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    near(native.linear(level, x, weight, bias), expected, TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("name", [*native.levels(), "torch"])
+def test_the_environment_chooses_the_level(name):
+    program = "from springtide.kernels import native; level = native.level(); print(level and level.name)"
+    result = subprocess.run(
+        [sys.executable, "-c", program], env={"SPRINGTIDE_KERNELS": name}, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == ("None" if name == "torch" else name)
+
+
+def test_an_unknown_level_is_refused():
+    program = "from springtide.kernels import native; native.level()"
+    result = subprocess.run(
+        [sys.executable, "-c", program], env={"SPRINGTIDE_KERNELS": "sse9"}, capture_output=True, text=True
+    )
+    assert "SPRINGTIDE_KERNELS is 'sse9', but this machine has torch" in result.stderr
