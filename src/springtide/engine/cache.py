@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from springtide.kernels.native import huge_pages
+
 GRAIN = 256  # buffers grow to a multiple of this many tokens
 
 
@@ -77,6 +79,7 @@ def _room(buffer: Tensor | None, needed: int, like: Tensor) -> Tensor:
     used = 0 if buffer is None else buffer.shape[1]
     capacity = -(-max(needed, used + used // 2) // GRAIN) * GRAIN
     grown = like.new_empty(like.shape[0], capacity, like.shape[2])
+    huge_pages(grown, now=False)
     if buffer is not None:
         grown[:, :used] = buffer
     return grown

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from springtide.attention.policy import Layer, Policy
 from springtide.engine.cache import Cache
+from springtide.engine.fused import ROWS, FusedLayer
 from springtide.engine.rows import Segment
 from springtide.engine.spec import ModelSpec
 from springtide.errors import SpringtideError
+from springtide.kernels import native
 
 ATTENTION = "springtide"
 
@@ -62,6 +64,9 @@ class Stack:
         check_supported(model.config.model_type)
         self.model = model.eval()
         self.spec = ModelSpec.of(model.config, calibration)
+        for parameter in model.parameters():
+            native.huge_pages(parameter, now=True)
+        self.fused = [FusedLayer.of(layer, model.config) for layer in model.model.layers]
 
     @property
     def device(self) -> torch.device:
@@ -84,26 +89,43 @@ class Stack:
 
     def run(self, hidden: Tensor, segments: Sequence[Segment], policy: Policy, start: int, stop: int) -> Tensor:
         """Take ``hidden [R, hidden]``, the input of layer ``start``, through layers ``start .. stop - 1``."""
-        hidden = hidden[None]
         step = Pass(segments, policy)
-        rotary = self._rotary(hidden, segments)
+        rotary = self._rotary(hidden[None], segments)
         with self._own_attention():
             for index in range(start, stop):
-                layer = self.model.model.layers[index]
                 embeddings = rotary[self._kind(index)] if isinstance(rotary, dict) else rotary
-                hidden = layer(hidden, attention_mask=None, position_embeddings=embeddings, springtide=step)
-        return hidden[0]
+                fused = self.fused[index]
+                if fused is not None and len(hidden) <= ROWS:
+                    q, k, v = fused.before(hidden, embeddings[0][0], embeddings[1][0])
+                    layer = Layer(
+                        index, self.model.model.layers[index].self_attn.scaling, None, self.spec.windows[index]
+                    )
+                    hidden = fused.after(hidden, attend(layer, q, k, v, step))
+                else:
+                    whole = self.model.model.layers[index]
+                    hidden = whole(hidden[None], attention_mask=None, position_embeddings=embeddings, springtide=step)[
+                        0
+                    ]
+        return hidden
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits ``[R, V]``, fp32 or wider, from the output of the last layer."""
         config = self.model.config
-        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
+        logits = self._head(self.model.model.norm(hidden))
         logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        head = self.model.lm_head
+        level = native.of(hidden, head.weight) if type(head) is nn.Linear and len(hidden) <= ROWS else None
+        if level is None:
+            logits: Tensor = head(hidden)
+            return logits
+        return native.linear(level, hidden, head.weight, head.bias)
 
     def _rotary(self, hidden: Tensor, segments: Sequence[Segment]) -> Any:
         """Cosines and sines of the rows' positions; one pair a layer type where the types differ (Gemma 3)."""
@@ -151,13 +173,18 @@ def attention(
     Writes each segment's keys and values to its cache and lets the policy attend; returns ``[1, R, H, D]``.
     """
     layer = Layer(module.layer_idx, scaling, softcap, sliding_window)
+    return attend(layer, query[0].transpose(0, 1), key[0], value[0], springtide)[None], None
+
+
+def attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Tensor:
+    """Attention ``[R, H, D]`` of a pass; its keys and values ``[H_kv, R, D]`` are written to the caches first."""
     outputs, start = [], 0
-    for segment in springtide.segments:
+    for segment in step.segments:
         stop = start + len(segment.tokens)
-        segment.cache.write(layer.index, segment.prefix, key[0, :, start:stop], value[0, :, start:stop])
-        outputs.append(springtide.policy.attend(layer, query[0, :, start:stop].transpose(0, 1), segment))
+        segment.cache.write(layer.index, segment.prefix, k[:, start:stop], v[:, start:stop])
+        outputs.append(step.policy.attend(layer, q[start:stop], segment))
         start = stop
-    return torch.cat(outputs)[None], None
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -126,6 +126,43 @@ def linear(level: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return out
 
 
+def block(weights: list[Tensor | None], heads: int, kv_heads: int, head_dim: int, rotary: int, epsilon: float) -> Any:
+    """What surrounds a layer's attention; the caller keeps the tensors.
+
+    Args:
+        weights: of the norms before attention and MLP ``[hidden]`` and of queries and keys ``[head_dim]`` (or None);
+            then weight and bias (or None) of the projections q, k, v, o, gate, up and down.
+        rotary: leading dimensions of a head that are turned, 0 for none.
+    """
+    pairs = [(weights[i], weights[i + 1]) for i in range(4, len(weights), 2)]
+    matrices = [[_address(w), _address(bias), *w.shape] for w, bias in pairs if w is not None]
+    hidden = matrices[0][3]
+    return _cpu.Block(*map(_address, weights[:4]), matrices, heads, kv_heads, head_dim, hidden, rotary, epsilon)
+
+
+def before(level: Any, block: Any, x: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Fill q ``[R, H, D]``, k, v ``[H_kv, R, D]`` for the layer's input ``x [R, hidden]``; cos, sin ``[R, rotary]``."""
+    tensors = (x.contiguous(), cos.contiguous(), sin.contiguous(), q, k, v)
+    level.before(x.dtype == torch.bfloat16, block, *map(_address, tensors), len(x), torch.get_num_threads())
+
+
+def after(level: Any, block: Any, x: Tensor, attended: Tensor) -> Tensor:
+    """The layer's output ``[R, hidden]`` from its input ``x`` and its attention ``[R, H, D]``."""
+    x, attended = x.contiguous(), attended.contiguous()
+    out = torch.empty_like(x)
+    level.after(x.dtype == torch.bfloat16, block, *map(_address, (x, attended, out)), len(x), torch.get_num_threads())
+    return out
+
+
+def huge_pages(x: Tensor, *, now: bool) -> None:
+    """Let a tensor on the CPU lie on large pages, which are read faster; with ``now``, what it holds already too.
+
+    The content stays as it is. Where the system has no such pages nothing happens.
+    """
+    if _cpu is not None and x.device.type == "cpu":
+        _cpu.huge_pages(x.data_ptr(), x.nbytes, now)
+
+
 def _rows(q: Tensor) -> Tensor:
     return q if q.stride(2) == 1 else q.contiguous()
 

@@ -10,6 +10,9 @@
 
 #include "kernels.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef SPRINGTIDE_X86
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -49,6 +52,19 @@ std::vector<const Level*> levels() {
   return found;
 }
 
+// Let Linux put memory on pages of 2 MB, which are read up to a third faster; what is there already is moved if `now`.
+void huge_pages(Address address, Size bytes, bool now) {
+#ifdef __linux__
+  constexpr Address kPage = 2 << 20;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE
+  const Address first = (address + kPage - 1) / kPage * kPage, last = (address + bytes) / kPage * kPage;
+  if (first >= last) return;
+  void* region = reinterpret_cast<void*>(first);
+  madvise(region, last - first, MADV_HUGEPAGE);
+  if (now) madvise(region, last - first, kCollapse);
+#endif
+}
+
 template <class P>
 P* at(Address address) {
   return reinterpret_cast<P*>(address);
@@ -64,6 +80,8 @@ NB_MODULE(_cpu, m) {
     for (const Level* level : levels()) names.emplace_back(level->name);
     return names;
   });
+
+  m.def("huge_pages", huge_pages, nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<Block>(m, "Block")
       .def("__init__",
