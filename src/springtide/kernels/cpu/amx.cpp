@@ -146,9 +146,14 @@ class TileCore {
     std::memset(out_, 0, sizeof(float) * columns_ * kTile * wide_);
   }
 
-  void tokens(const bf16* k, const bf16* v, const std::int64_t* slots, int count, const std::uint8_t* mask) {
-    Block next{k, v, mask, dim_, count, static_cast<int>(up(count, kDepth)), blocks_ % 2, true};
+  void tokens(const bf16* k, const bf16* v, const std::int64_t* slots, int count, std::int64_t left,
+              const std::uint8_t* mask) {
+    Block next{k, v, mask, slots, left, dim_, count, static_cast<int>(up(count, kDepth)), blocks_ % 2, true};
     if (slots || count < next.padded || dim_ != wide_) {
+      if (slots && blocks_ == 0) {
+        all_k_ = k, all_v_ = v;
+        for (int t = 0; t < std::min<std::int64_t>(left, 2 * kTokens); t++) fetch_slot(slots[t]);
+      }
       next.k = stage(k, slots, count, next.padded, staged_k_[next.parity]);
       next.v = stage(v, slots, count, next.padded, staged_v_[next.parity]);
       next.stride = wide_, next.streams = false;
@@ -195,6 +200,8 @@ class TileCore {
   struct Block {
     const bf16 *k, *v;
     const std::uint8_t* mask;
+    const std::int64_t* slots;  // of this block and, `left` in all, of later ones, if they are gathered
+    std::int64_t left;
     int stride, count, padded, parity;
     bool streams;  // the slots that come after these lie behind them in memory
   };
@@ -210,14 +217,19 @@ class TileCore {
         if (t >= count) some = 0;
         _mm512_store_si512(to + t * wide_ + d, _mm512_maskz_loadu_epi16(some, row + d));
       }
-      if (slots && t + kAheadGathered < count) fetch(from + slots[t + kAheadGathered] * dim_, 1);
     }
     return to;
   }
 
-  void fetch(const bf16* rows, int count) const {
+  // Inlined by force: GCC takes a function that only prefetches for one without effect.
+  [[gnu::always_inline]] void fetch(const bf16* rows, int count) const {
     for (int d = 0; d < count * dim_; d += kDepth)
       _mm_prefetch(reinterpret_cast<const char*>(rows + d), _MM_HINT_T0);
+  }
+
+  [[gnu::always_inline]] void fetch_slot(std::int64_t slot) const {
+    fetch(all_k_ + slot * dim_, 1);
+    fetch(all_v_ + slot * dim_, 1);
   }
 
   // s [slot, row]: dot products of the 16 keys from `t` on with a column of rows.
@@ -343,6 +355,10 @@ class TileCore {
       if (b.streams) {
         fetch(b.v + (t + 2 * i + kAhead) * dim_, 2);
         fetch(b.k + (t + 2 * i + kTokens + kAhead) * dim_, 2);
+      } else if (b.slots) {
+        // Blocks are gathered one ahead, so two ahead they are fetched.
+        for (std::int64_t later = t + 2 * i + 2 * kTokens; later < t + 2 * i + 2 * kTokens + 2; later++)
+          if (later < b.left) fetch_slot(b.slots[later]);
       }
     }
   }
@@ -387,8 +403,7 @@ class TileCore {
     store_sums(d);
   }
 
-  // Slots between what is read and what is fetched meanwhile, in memory's order and gathered.
-  static constexpr int kAhead = 16, kAheadGathered = 24;
+  static constexpr int kAhead = 16;  // slots between what is read in memory's order and what is fetched meanwhile
 
   struct Item {
     int column, padded;  // padded 0: there is none
@@ -399,6 +414,7 @@ class TileCore {
   Logit logit_;
   Block block_{};  // given, and not weighed yet
   Item last_{};    // weighed, but its values are not added yet
+  const bf16 *all_k_ = nullptr, *all_v_ = nullptr;  // what slots are gathered from
   bf16 *q_, *staged_k_[2], *staged_v_[2], *v_[2], *p_[2];
   float *out_, *s_[2], *top_, *total_;
 };
@@ -428,8 +444,8 @@ struct TileLinear {
     enter_tiles();
     const int columns = (rows + kTile - 1) / kTile;
     const bf16* x = static_cast<const bf16*>(packed);
-    Share share(m.outputs, kTile);
-    for (std::int64_t n = share.first; n < share.last; n += kTile)
+#pragma omp for schedule(dynamic, 4) nowait
+    for (std::int64_t n = 0; n < m.outputs; n += kTile)
       for (int c = 0; c < columns; c += 4) {
         if (columns - c >= 4)
           outputs<4>(m, x, columns, c, n, rows, out);
