@@ -176,8 +176,8 @@ def test_choose_breaks_ties_by_place(level):
 @for_every_level
 @exhaustive
 @given(
-    st.data(), st.sampled_from([1, 2, 5, 16, 33, 64, 90]), st.sampled_from([32, 64, 72, 352]),
-    st.sampled_from([16, 40, 64, 208]), st.booleans(),
+    st.data(), st.sampled_from([1, 2, 5, 16, 33, 64, 90, 200]), st.sampled_from([32, 64, 72, 352, 4128]),
+    st.sampled_from([16, 40, 64, 208, 272]), st.booleans(),
 )  # fmt: skip
 def test_linear(level, data, rows, inputs, outputs, biased):
     case = Draw(data)

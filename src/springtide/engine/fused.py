@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from springtide.kernels import native
 
-ROWS = 64  # with more of them in a pass torch is faster
-
 FUSED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Architectures whose layers are pre-norm, with a SiLU-gated MLP and rotary embedding in halves."""
 
@@ -26,6 +24,7 @@ class FusedLayer:
         norms, matrices = _parts(layer)
         attention = layer.self_attn
         self.level = level
+        self.most = native.most_rows(level, matrices[0].weight.dtype)
         self.head_dim: int = attention.head_dim
         self.heads: int = matrices[0].out_features // self.head_dim
         self.kv_heads: int = matrices[1].out_features // self.head_dim

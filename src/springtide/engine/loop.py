@@ -16,7 +16,7 @@ from springtide.engine.rows import Segment
 from springtide.engine.sequence import Sequence
 from springtide.engine.stack import Stack
 
-CHUNK = 512  # prompt rows in a pass
+CHUNK = 1024  # prompt rows in a pass
 GIVEN_ROWS = 64  # rows in a pass that decodes tokens which are known already
 
 

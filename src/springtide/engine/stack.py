@@ -14,7 +14,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from springtide.attention.policy import Layer, Policy
 from springtide.engine.cache import Cache
-from springtide.engine.fused import ROWS, FusedLayer
+from springtide.engine.fused import FusedLayer
 from springtide.engine.rows import Segment
 from springtide.engine.spec import ModelSpec
 from springtide.errors import SpringtideError
@@ -95,7 +95,7 @@ class Stack:
             for index in range(start, stop):
                 embeddings = rotary[self._kind(index)] if isinstance(rotary, dict) else rotary
                 fused = self.fused[index]
-                if fused is not None and len(hidden) <= ROWS:
+                if fused is not None and len(hidden) <= fused.most:
                     q, k, v = fused.before(hidden, embeddings[0][0], embeddings[1][0])
                     layer = Layer(
                         index, self.model.model.layers[index].self_attn.scaling, None, self.spec.windows[index]
@@ -121,8 +121,8 @@ class Stack:
 
     def _head(self, hidden: Tensor) -> Tensor:
         head = self.model.lm_head
-        level = native.of(hidden, head.weight) if type(head) is nn.Linear and len(hidden) <= ROWS else None
-        if level is None:
+        level = native.of(hidden, head.weight) if type(head) is nn.Linear else None
+        if level is None or len(hidden) > native.most_rows(level, hidden.dtype):
             logits: Tensor = head(hidden)
             return logits
         return native.linear(level, hidden, head.weight, head.bias)

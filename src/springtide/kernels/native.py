@@ -6,6 +6,7 @@ has is used; the environment variable SPRINGTIDE_KERNELS names another one, or `
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from functools import cache
@@ -115,8 +116,13 @@ def choose(
     return index
 
 
+def most_rows(level: Any, dtype: torch.dtype) -> float:
+    """Rows up to which linear layers are faster here than in torch."""
+    return math.inf if level.name == "amx" and dtype == torch.bfloat16 else 64
+
+
 def linear(level: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x [R, inputs] @ weight.T + bias`` for few rows; ``weight [outputs, inputs]`` and ``bias`` are contiguous."""
+    """``x [R, inputs] @ weight.T + bias``; ``weight [outputs, inputs]`` and ``bias`` are contiguous."""
     x = x.contiguous()
     out = torch.empty(len(x), len(weight), dtype=x.dtype)
     level.linear(

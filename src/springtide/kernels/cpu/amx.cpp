@@ -421,41 +421,48 @@ class TileCore {
 
 // -- linear layers --------------------------------------------------------------------------------------------------
 
-// As VectorLinear: a tile of 16 outputs' weights is A, up to 64 rows are B in blocks of 16.
+// As VectorLinear: a tile of 16 outputs' weights is A, 16 rows (a column) are B. Products are summed along the inputs
+// one tile after the other, so that a row's result does not depend on how many rows there are with it.
+//
+// Few rows are limited by memory: weights are read where they lie, once. Many are limited by the tile unit: a panel of
+// weights is copied to the second cache, tile by tile, and two tiles of it are multiplied with two columns at a time.
 struct TileLinear {
   static std::size_t packed(std::int64_t rows, std::int64_t inputs) {
     return up(rows, kTile) * inputs * sizeof(bf16);
   }
 
+  // B tiles, one column's after the other's.
   static void pack(const bf16* x, std::int64_t rows, std::int64_t inputs, void* to) {
-    const std::int64_t columns = (rows + kTile - 1) / kTile;
-    Share share(inputs / kDepth, 1);
-    for (std::int64_t d = share.first; d < share.last; d++)
-      for (std::int64_t c = 0; c < columns; c++) {
-        const bf16* own[kTile];
-        int count = std::min<std::int64_t>(kTile, rows - c * kTile);
-        for (int r = 0; r < count; r++) own[r] = x + (c * kTile + r) * inputs;
-        pack_tile(own, count, d * kDepth, kDepth, static_cast<bf16*>(to) + (d * columns + c) * kTile * kDepth);
-      }
+    const std::int64_t columns = (rows + kTile - 1) / kTile, depth = inputs / kDepth;
+    Share share(depth * columns, 1);
+    for (std::int64_t i = share.first; i < share.last; i++) {
+      const std::int64_t c = i / depth, d = i % depth;
+      const bf16* own[kTile];
+      int count = std::min<std::int64_t>(kTile, rows - c * kTile);
+      for (int r = 0; r < count; r++) own[r] = x + (c * kTile + r) * inputs;
+      pack_tile(own, count, d * kDepth, kDepth, static_cast<bf16*>(to) + i * kElements);
+    }
 #pragma omp barrier
   }
 
   static void multiply(const Matrix& m, const void* packed, std::int64_t rows, bf16* out) {
     enter_tiles();
-    const int columns = (rows + kTile - 1) / kTile;
     const bf16* x = static_cast<const bf16*>(packed);
+    if (rows > kFew) {
+      multiply_many(m, x, rows, out);
+      return;
+    }
 #pragma omp for schedule(dynamic, 4) nowait
-    for (std::int64_t n = 0; n < m.outputs; n += kTile)
-      for (int c = 0; c < columns; c += 4) {
-        if (columns - c >= 4)
-          outputs<4>(m, x, columns, c, n, rows, out);
-        else if (columns - c == 3)
-          outputs<3>(m, x, columns, c, n, rows, out);
-        else if (columns - c == 2)
-          outputs<2>(m, x, columns, c, n, rows, out);
-        else
-          outputs<1>(m, x, columns, c, n, rows, out);
-      }
+    for (std::int64_t n = 0; n < m.outputs; n += kTile) {
+      if (rows > 3 * kTile)
+        outputs<4>(m, x, n, rows, out);
+      else if (rows > 2 * kTile)
+        outputs<3>(m, x, n, rows, out);
+      else if (rows > kTile)
+        outputs<2>(m, x, n, rows, out);
+      else
+        outputs<1>(m, x, n, rows, out);
+    }
   }
 
   static bool fits(const Matrix& m) { return m.inputs % kDepth == 0 && m.outputs % kTile == 0; }
@@ -463,53 +470,142 @@ struct TileLinear {
   static void leave() { _tile_release(); }
 
  private:
+  static constexpr std::int64_t kFew = 64;     // rows
   static constexpr std::int64_t kAhead = 128;  // elements between what is read of a row and what is fetched meanwhile
+  static constexpr int kElements = kTile * kDepth;  // of a tile
+  static constexpr int kSums = kTile * kTile;       // of a tile of C
+  static constexpr std::int64_t kPanel = 256;       // outputs in a panel
+  static constexpr std::int64_t kInputs = 2048;     // inputs of a panel that are copied at a time
 
-  // 16 outputs, from n on, of C columns of 16 rows.
+  // 16 outputs, from n on, of up to C columns.
   template <int C>
-  static void outputs(const Matrix& m, const bf16* x, int columns, int column, std::int64_t n, std::int64_t rows,
-                      bf16* out) {
+  static void outputs(const Matrix& m, const bf16* x, std::int64_t n, std::int64_t rows, bf16* out) {
     const bf16* w = static_cast<const bf16*>(m.weight) + n * m.inputs;
-    const bf16* own = x + column * kTile * kDepth;
+    const std::int64_t column = m.inputs * kTile;  // elements of a packed column
     tile_zero<0>();
     if (C > 1) tile_zero<1>();
     if (C > 2) tile_zero<2>();
     if (C > 3) tile_zero<3>();
-    for (std::int64_t d = 0; d < m.inputs; d += kDepth, own += columns * kTile * kDepth) {
+    for (std::int64_t d = 0; d < m.inputs; d += kDepth, x += kElements) {
       // Near the end of these 16 rows, the beginning of the next 16.
       const std::int64_t ahead = d + kAhead < m.inputs ? d + kAhead : d + kAhead + (kTile - 1) * m.inputs;
       for (int i = 0; i < kTile; i++)
         _mm_prefetch(reinterpret_cast<const char*>(w + i * m.inputs + ahead), _MM_HINT_T1);
       tile_load<4>(w + d, m.inputs * 2);
-      tile_load<5>(own, 64);
+      tile_load<5>(x, 64);
       tile_multiply<0, 4, 5>();
       if (C > 1) {
-        tile_load<6>(own + kTile * kDepth, 64);
+        tile_load<6>(x + column, 64);
         tile_multiply<1, 4, 6>();
       }
       if (C > 2) {
-        tile_load<7>(own + 2 * kTile * kDepth, 64);
+        tile_load<7>(x + 2 * column, 64);
         tile_multiply<2, 4, 7>();
       }
       if (C > 3) {
-        tile_load<5>(own + 3 * kTile * kDepth, 64);
+        tile_load<5>(x + 3 * column, 64);
         tile_multiply<3, 4, 5>();
       }
     }
-    alignas(64) float c[4][kTile * kTile];
+    alignas(64) float c[4][kSums];
     tile_store<0>(c[0], 64);
     if (C > 1) tile_store<1>(c[1], 64);
     if (C > 2) tile_store<2>(c[2], 64);
     if (C > 3) tile_store<3>(c[3], 64);
-    const vf bias = m.bias ? load(static_cast<const bf16*>(m.bias) + n) : vf{};
-    for (int j = 0; j < C; j++) {
-      __m512i block[kTile];
-      for (int o = 0; o < kTile; o++) block[o] = load_line(c[j] + o * kTile);
-      transpose(block);
-      const std::int64_t first = (column + j) * kTile;
-      for (std::int64_t r = first; r < std::min<std::int64_t>(rows, first + kTile); r++)
-        store(out + r * m.outputs + n, (vf)_mm512_castsi512_ps(block[r - first]) + bias);
+    for (int j = 0; j < C; j++) put(m, c[j], n, j * kTile, rows, out);
+  }
+
+  static void multiply_many(const Matrix& m, const bf16* x, std::int64_t rows, bf16* out) {
+    const std::int64_t columns = (rows + kTile - 1) / kTile;
+    Arena arena(kOwn);
+    arena.reserve(Arena::room<bf16>(kPanel * kInputs) + Arena::room<float>(kPanel * columns * kTile));
+    bf16* panel = arena.take<bf16>(kPanel * kInputs);
+    float* sums = arena.take<float>(kPanel * columns * kTile);
+#pragma omp for schedule(dynamic) nowait
+    for (std::int64_t first = 0; first < m.outputs; first += kPanel) {
+      const int tiles = std::min(kPanel, m.outputs - first) / kTile;
+      for (std::int64_t from = 0; from < m.inputs; from += kInputs) {
+        const int depth = std::min(kInputs, m.inputs - from) / kDepth;
+        copy_panel(static_cast<const bf16*>(m.weight) + first * m.inputs + from, m.inputs, tiles, depth, panel);
+        for (std::int64_t c = 0; c < columns; c += 2) {
+          const bf16* own = x + (c * (m.inputs / kDepth) + from / kDepth) * kElements;
+          for (int n = 0; n < tiles; n += 2) {
+            const bf16* w = panel + n * depth * kElements;
+            float* to = sums + (c * tiles + n) * kSums;
+            const bool two = n + 1 < tiles, pair = c + 1 < columns;
+            const std::int64_t next = m.inputs * kTile, after = tiles * kSums;
+            if (two && pair)
+              square<2, 2>(w, own, next, depth, from > 0, to, after);
+            else if (two)
+              square<2, 1>(w, own, next, depth, from > 0, to, after);
+            else if (pair)
+              square<1, 2>(w, own, next, depth, from > 0, to, after);
+            else
+              square<1, 1>(w, own, next, depth, from > 0, to, after);
+          }
+        }
+      }
+      for (std::int64_t c = 0; c < columns; c++)
+        for (int n = 0; n < tiles; n++)
+          put(m, sums + (c * tiles + n) * kSums, first + n * kTile, c * kTile, rows, out);
     }
+  }
+
+  // A tiles of 16 outputs, one after the other.
+  static void copy_panel(const bf16* w, std::int64_t stride, int tiles, int depth, bf16* to) {
+    for (int n = 0; n < tiles; n++)
+      for (int r = 0; r < kTile; r++) {
+        const bf16* row = w + (n * kTile + r) * stride;
+        bf16* own = to + n * depth * kElements + r * kDepth;
+        for (int d = 0; d < depth; d++) _mm512_store_si512(own + d * kElements, load_line(row + d * kDepth));
+      }
+  }
+
+  // N tiles of outputs times C columns, added to `sums` if there are any yet. x: a column's tiles, the next one's `next`
+  // elements later; sums: a column's tiles, the next one's `after` elements later.
+  template <int N, int C>
+  static void square(const bf16* w, const bf16* x, std::int64_t next, int depth, bool more, float* sums,
+                     std::int64_t after) {
+    if (more) {
+      tile_load<0>(sums, 64);
+      if (C > 1) tile_load<1>(sums + after, 64);
+      if (N > 1) tile_load<2>(sums + kSums, 64);
+      if (N > 1 && C > 1) tile_load<3>(sums + after + kSums, 64);
+    } else {
+      tile_zero<0>();
+      tile_zero<1>();
+      tile_zero<2>();
+      tile_zero<3>();
+    }
+    const bf16* second = w + depth * kElements;
+    for (int d = 0; d < depth; d++) {
+      tile_load<4>(w + d * kElements, 64);
+      tile_load<6>(x + d * kElements, 64);
+      tile_multiply<0, 4, 6>();
+      if (C > 1) {
+        tile_load<7>(x + next + d * kElements, 64);
+        tile_multiply<1, 4, 7>();
+      }
+      if (N > 1) {
+        tile_load<5>(second + d * kElements, 64);
+        tile_multiply<2, 5, 6>();
+        if (C > 1) tile_multiply<3, 5, 7>();
+      }
+    }
+    tile_store<0>(sums, 64);
+    if (C > 1) tile_store<1>(sums + after, 64);
+    if (N > 1) tile_store<2>(sums + kSums, 64);
+    if (N > 1 && C > 1) tile_store<3>(sums + after + kSums, 64);
+  }
+
+  // Write a tile of C [16 outputs from n on, 16 rows from `first` on] to out [rows, outputs], with bias.
+  static void put(const Matrix& m, const float* c, std::int64_t n, std::int64_t first, std::int64_t rows, bf16* out) {
+    const vf bias = m.bias ? load(static_cast<const bf16*>(m.bias) + n) : vf{};
+    __m512i block[kTile];
+    for (int o = 0; o < kTile; o++) block[o] = load_line(c + o * kTile);
+    transpose(block);
+    for (std::int64_t r = first; r < std::min<std::int64_t>(rows, first + kTile); r++)
+      store(out + r * m.outputs + n, (vf)_mm512_castsi512_ps(block[r - first]) + bias);
   }
 };
 
