@@ -476,6 +476,41 @@ def bench_rows(
         plot_lines(plot, _bench_series(results, "rows", "ratio_to_one_row"), x="rows", y="time over one row's")
 
 
+@bench_app.command("kernels")
+def bench_kernels(
+    context: Annotated[int, typer.Option(min=1, help="Cached tokens.")] = 65536,
+    budget: Annotated[str, typer.Option(help="Comma list of tokens that are gathered for each KV head.")] = "1024",
+    turns: Annotated[int, typer.Option(min=1, help="Turns that each kernel gets.")] = 5,
+    json_file: Json = None,
+    threads: Threads = None,
+    dtype: Dtype = None,
+) -> None:
+    """Time of the attention kernels by themselves (CPU), in the shape of llama-1b: 32 query and 8 KV heads of 64."""
+    from springtide.evaluation.report import check_target, print_table, write_json
+
+    check_target(json_file)
+    budgets = _numbers(budget, "--budget")
+    if max(budgets) > context:
+        raise SpringtideError(f"--budget {max(budgets)} is more than the context of {context} tokens.")
+    import torch
+
+    from springtide.benchmarks import kernels as benchmark
+    from springtide.loading import as_dtype
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    kind = as_dtype(dtype or "bfloat16")
+    assert isinstance(kind, torch.dtype)
+    total = benchmark.steps_of(budgets, turns)
+    rows = [asdict(row) for row in _last(benchmark.run(context, budgets, turns, kind), total, "turns")]
+    if json_file:
+        write_json(json_file, rows)
+    first = rows[0]
+    print(f"{first['dtype']}, {first['threads']} threads, read bandwidth {first['bandwidth']:.1f} GB/s")
+    shown = ("kernel", "rows", "budget", "ms", "gb_per_second", "share_of_bandwidth", "ratio_to_torch")
+    print_table([{name: row[name] for name in shown} for row in rows])
+
+
 @app.command()
 def policies() -> None:
     """The attention policies with their options."""

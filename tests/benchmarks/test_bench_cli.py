@@ -124,3 +124,27 @@ def test_a_context_beyond_the_models(run, folder, arguments, total):
 )
 def test_what_the_option_parser_rejects(run, arguments):
     assert run("bench", *arguments).code == 2
+
+
+@pytest.mark.usefixtures("threads")
+def test_kernels(run, tmp_path):
+    target = tmp_path / "out.json"
+    result = run("bench", "kernels", "--context", 300, "--budget", "16,64", "--turns", 1, "--json", target)
+    assert (result.code, result.err) == (0, "")
+    rows = content(target)
+    assert [(row["kernel"], row["rows"], row["budget"]) for row in rows] == [
+        ("attend", 4, None),
+        ("attend", 16, None),
+        ("attend", 64, None),
+        ("attend_gathered", 4, 16),
+        ("attend_gathered", 4, 64),
+        ("choose", 4, 16),
+    ]
+    assert [row["bytes"] for row in rows] == [8 * 64 * 2 * n for n in (600, 600, 600, 32, 128, 300)]
+    for row in rows:
+        assert row["gb_per_second"] == pytest.approx(row["bytes"] / row["ms"] / 1e6)
+        assert row["ratio_to_torch"] == pytest.approx(row["ms"] / row["torch_ms"])
+
+
+def test_kernels_gather_no_more_than_there_is(run):
+    run("bench", "kernels", "--context", 300, "--budget", 400).refused("--budget 400 is more than the context of 300")

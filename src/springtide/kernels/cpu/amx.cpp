@@ -185,6 +185,7 @@ class TileCore {
         own = stage(own, nullptr, n, kTile, staged_k_[0]);
         step = wide_;
       }
+      fetch(k + (first + 2 * kTile) * dim_, kTile);
       for (int c = 0; c < columns_; c++) {
         product(own, step, 0, c, s_[0]);
         __m512i x[16];
