@@ -231,9 +231,14 @@ class TestTraining:
             return record
 
         monkeypatch.setattr(interrupted, "step", step_and_interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            pocket.run(interrupted)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        # A shell that starts the tests in the background has them ignore Ctrl-C.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                pocket.run(interrupted)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        finally:
+            signal.signal(signal.SIGINT, before)
         resumed = trainer(corpus, parts)
         pocket.run(resumed, checkpoint_seconds=100)
         assert resumed.progress.step == 8
