@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -191,7 +192,7 @@ def test_linear(level, data, rows, inputs, outputs, biased):
 def test_the_environment_chooses_the_level(name):
     program = "from springtide.kernels import native; level = native.level(); print(level and level.name)"
     result = subprocess.run(
-        [sys.executable, "-c", program], env={"SPRINGTIDE_KERNELS": name}, capture_output=True, text=True
+        [sys.executable, "-c", program], env=os.environ | {"SPRINGTIDE_KERNELS": name}, capture_output=True, text=True
     )
     assert result.stdout.strip() == ("None" if name == "torch" else name)
 
@@ -199,6 +200,6 @@ def test_the_environment_chooses_the_level(name):
 def test_an_unknown_level_is_refused():
     program = "from springtide.kernels import native; native.level()"
     result = subprocess.run(
-        [sys.executable, "-c", program], env={"SPRINGTIDE_KERNELS": "sse9"}, capture_output=True, text=True
+        [sys.executable, "-c", program], env=os.environ | {"SPRINGTIDE_KERNELS": "sse9"}, capture_output=True, text=True
     )
     assert "SPRINGTIDE_KERNELS is 'sse9', but this machine has torch" in result.stderr
