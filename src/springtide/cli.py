@@ -534,7 +534,9 @@ def env() -> None:
     import transformers
 
     from springtide import __version__
+    from springtide.kernels import native
 
+    level = native.level()
     rows = {
         "springtide": __version__,
         "python": platform.python_version(),
@@ -543,7 +545,7 @@ def env() -> None:
         "platform": platform.platform(),
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "kernels": "torch (scaled_dot_product_attention; gather and matmul for sparse reads)",
+        "kernels": f"C++ ({level.name})" if level else "torch",
     }
     for name, value in rows.items():
         print(f"{name:13} {value}")

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from springtide import kernels
 from springtide.engine.cache import Cache
 from springtide.engine.rows import PREFIX, Segment
 from springtide.kernels import Visible, native, reference
@@ -203,3 +204,19 @@ def test_an_unknown_level_is_refused():
         [sys.executable, "-c", program], env=os.environ | {"SPRINGTIDE_KERNELS": "sse9"}, capture_output=True, text=True
     )
     assert "SPRINGTIDE_KERNELS is 'sse9', but this machine has torch" in result.stderr
+
+
+def test_without_the_extension_torch_runs_after_one_warning(monkeypatch):
+    monkeypatch.setattr(native, "_cpu", None)
+    q, k = torch.randn(1, 4, 32), torch.randn(2, 50, 32)
+    expected = kernels.attend(q, k, k, 0.2)
+    for function in (native.levels, native.level):
+        function.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="the C\\+\\+ kernels were not built") as caught:
+            got = [kernels.attend(q, k, k, 0.2) for _ in range(3)]
+    finally:
+        for function in (native.levels, native.level):
+            function.cache_clear()
+    assert len(caught) == 1
+    torch.testing.assert_close(got[0], expected, atol=1e-5, rtol=0)
