@@ -20,6 +20,7 @@ from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
 from springtide.engine.rows import PREFIX, Segment
 from springtide.engine.sampling import Sampling, filtered
+from springtide.kernels import native
 from statistic import g_test
 from tiny import random_tokens, tiny
 
@@ -128,6 +129,22 @@ def test_in_lower_precision_only_near_ties_are_decided_otherwise(policy, dtype, 
             *_, logits = engine.predictions(PROMPT + expected[: first + 1], len(PROMPT))
             best, second = logits[-1].topk(2).values
             assert best - second <= near * best.abs()
+
+
+@pytest.mark.skipif(not native.levels(), reason="the C++ kernels were not built")
+@pytest.mark.parametrize("policy", ["dense", TIDAL])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["oracle", "wrong", "zero"])
+def test_fused_layers_give_a_chain_bit_for_bit(policy, dtype, kind):
+    """No tolerance, in any dtype: a row's arithmetic is the same alone, in a chain, and beside other sequences."""
+    engine = Engine(tiny("qwen3", dtype), policy=policy)
+    assert all(engine.stack.fused)
+    prompts = [PROMPT, PROMPT[5:], PROMPT[:9]]
+    expected = [engine.generate(prompt, max_tokens=64).token_ids for prompt in prompts]
+    truths = [prompt + output for prompt, output in zip(prompts, expected, strict=True)]
+    drafted = Engine(tiny("qwen3", dtype), policy=policy, drafter=Guesses(truths, kind))
+    assert [output.token_ids for output in drafted.generate(prompts, max_tokens=64)] == expected
+    assert [output.token_ids for output in engine.generate(prompts, max_tokens=64)] == expected
 
 
 # Ends
