@@ -374,6 +374,11 @@ def test_needle(run, calibrated, book, tmp_path):
     assert "exact match" in result.out
 
 
+def test_version(run):
+    result = run("--version")
+    assert (result.code, result.out.strip()) == (0, springtide.__version__)
+
+
 def test_ppl(run, calibrated, book, tmp_path):
     result = run(
         *("eval", "ppl", "--model", calibrated, "--text", book, "--length", 200, "--windows", 2),
@@ -461,7 +466,7 @@ def test_the_bundled_model_is_the_default(run, tmp_path):
         (["generate", "Hi", "--policy", "tidal:full=a+b"], "whole numbers joined by +"),
         (["generate", "Hi", "--policy", "tidal:heads=most"], "must be one of kv, all"),
         (["generate", "Hi", "--budget", 64], "--budget 64 has no effect"),
-        (["generate", "Hi", "--policy", "tidal:budget=32", "--budget", 64], "--budget 64 has no effect"),
+        (["generate", "Hi", "--policy", "tidal:budget=32", "--budget", 64], "--policy sets budget=32; give one only"),
         (["generate", "Hi", "--max-tokens", 0], "max_tokens must be at least 1"),
         (["generate", "Hi", "--temperature", -1], "temperature must be 0"),
         (["generate", "Hi", "--temperature", "nan"], "temperature must be 0"),

@@ -358,6 +358,9 @@ def test_chat_that_cannot_be(engine):
         engine.chat([])
     with pytest.raises(SpringtideError, match="not UTF-8"):
         engine.chat([{"role": "user", "content": "\udcff"}])
+    for messages in ("Hello", [{"role": "user"}], ["Hello"]):
+        with pytest.raises(SpringtideError, match="Messages are a list"):
+            engine.chat(messages)
     plain = AutoTokenizer.from_pretrained(engine.stack.model.name_or_path)
     plain.chat_template = None
     with pytest.raises(SpringtideError, match="no chat template"):

@@ -21,10 +21,29 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fast long-context decoding of Hugging Face models.")
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 train_app = typer.Typer(no_args_is_help=True, help="Train models and drafters.")
 eval_app = typer.Typer(no_args_is_help=True, help="Measure quality.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed.")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from springtide import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fast long-context decoding of Hugging Face models."""
+
+
 app.add_typer(train_app, name="train")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
@@ -519,7 +538,7 @@ def policies() -> None:
     from springtide.attention import POLICIES
 
     for name, policy in POLICIES.items():
-        print(f"{name}: {(policy.__doc__ or '').splitlines()[0]}")
+        print(f"{name}: {(policy.__doc__ or '').splitlines()[0].replace('``', '')}")
         for field in fields(policy):
             default = "" if field.default is None else f" (default: {field.default})"
             print(f"    {field.name:10} {field.metadata['help']}{default}")
@@ -646,11 +665,16 @@ def _policies(text: str, budgets: str | None) -> list[Policy]:
 def _check_budgets(policies: Sequence[Policy], *budgets: int | None) -> None:
     """Raise SpringtideError for a --budget that no policy takes."""
     for budget in budgets:
-        if budget is not None and budget not in [getattr(policy, "budget", None) for policy in policies]:
+        budgets_set = [policy.budget for policy in policies if hasattr(policy, "budget")]
+        if budget is None or budget in budgets_set:
+            continue
+        if budgets_set:
             raise SpringtideError(
-                f"--budget {budget} has no effect: --policy names none that has a budget and does not set it; "
-                "name one, such as tidal."
+                f"--budget {budget} has no effect: --policy sets budget={budgets_set[0]}; give one only."
             )
+        raise SpringtideError(
+            f"--budget {budget} has no effect: --policy names no policy that has a budget; name one, such as tidal."
+        )
 
 
 def _resolved(engine: Engine, policies: Sequence[Policy]) -> list[Policy]:
@@ -699,7 +723,10 @@ def _decoded(text: bytes, source: str) -> str:
 
 
 def _text(file: Path | None) -> str:
-    return _excerpt() if file is None else _read(file)
+    text = _excerpt() if file is None else _read(file)
+    if not text.strip():
+        raise SpringtideError(f"'{file}' is empty; give a text.")
+    return text
 
 
 def _excerpt() -> str:

@@ -131,6 +131,10 @@ class Engine:
             raise SpringtideError(
                 "The model's tokenizer has no chat template; use a model that was trained to chat, or generate."
             )
+        if not isinstance(messages, List) or not all(
+            isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages
+        ):
+            raise SpringtideError('Messages are a list of {"role": ..., "content": ...}.')
         for message in messages:
             if isinstance(message["content"], str):
                 _check_unicode(message["content"])

@@ -89,6 +89,8 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
+        pad_token="</s>",
+        padding_side="left",
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
