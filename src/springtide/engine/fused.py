@@ -24,7 +24,8 @@ class FusedLayer:
         norms, matrices = _parts(layer)
         attention = layer.self_attn
         self.level = level
-        self.most = native.most_rows(level, matrices[0].weight.dtype)
+        self.dtype: torch.dtype = matrices[0].weight.dtype
+        self.most_rows = native.most_rows(level, self.dtype)
         self.head_dim: int = attention.head_dim
         self.heads: int = matrices[0].out_features // self.head_dim
         self.kv_heads: int = matrices[1].out_features // self.head_dim
@@ -48,6 +49,11 @@ class FusedLayer:
         if level is None or changed or not all(x.is_contiguous() for x in parameters):
             return None
         return cls(layer, level)
+
+    def takes(self, hidden: Tensor) -> bool:
+        """Whether ``hidden [R, hidden]`` can run here: not too many rows, nor a model that was converted since."""
+        same = hidden.dtype == self.dtype and hidden.device.type == "cpu"
+        return same and len(hidden) <= self.most_rows
 
     def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[R, H, D]``, keys and values ``[H_kv, R, D]`` of the layer's input ``hidden [R, hidden]``."""

@@ -94,19 +94,19 @@ class Stack:
         with self._own_attention():
             for index in range(start, stop):
                 embeddings = rotary[self._kind(index)] if isinstance(rotary, dict) else rotary
-                fused = self.fused[index]
-                if fused is not None and len(hidden) <= fused.most:
-                    q, k, v = fused.before(hidden, embeddings[0][0], embeddings[1][0])
-                    layer = Layer(
-                        index, self.model.model.layers[index].self_attn.scaling, None, self.spec.windows[index]
-                    )
-                    hidden = fused.after(hidden, attend(layer, q, k, v, step))
-                else:
-                    whole = self.model.model.layers[index]
-                    hidden = whole(hidden[None], attention_mask=None, position_embeddings=embeddings, springtide=step)[
-                        0
-                    ]
+                hidden = self._layer(index, hidden, embeddings, step)
         return hidden
+
+    def _layer(self, index: int, hidden: Tensor, embeddings: Any, step: Pass) -> Tensor:
+        layer, fused = self.model.model.layers[index], self.fused[index]
+        if fused is None or not fused.takes(hidden):
+            out: Tensor = layer(hidden[None], attention_mask=None, position_embeddings=embeddings, springtide=step)
+            return out[0]
+        cos, sin = embeddings
+        q, k, v = fused.before(hidden, cos[0], sin[0])
+        return fused.after(
+            hidden, attend(Layer(index, layer.self_attn.scaling, None, self.spec.windows[index]), q, k, v, step)
+        )
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
