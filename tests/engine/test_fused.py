@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -25,7 +27,7 @@ def test_other_architectures_run_as_they_are(name):
 
 
 def test_a_model_converted_later_runs_as_it_is():
-    model = tiny("qwen3")
+    model = deepcopy(tiny("qwen3"))
     engine = Engine(model)
     expected = engine.generate([1, 2, 3], max_tokens=8).token_ids
     model.to(torch.float64)
@@ -37,7 +39,7 @@ class Wrapped(nn.Linear):
 
 
 def test_changed_parts_are_not_passed_over():
-    model = tiny("llama")
+    model = deepcopy(tiny("llama"))
     config, (first, second, *_) = model.config, model.model.layers
     projection = second.mlp.up_proj
     second.mlp.up_proj = Wrapped(projection.in_features, projection.out_features, bias=False)
