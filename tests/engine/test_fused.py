@@ -34,6 +34,17 @@ def test_a_model_converted_later_runs_as_it_is():
     assert engine.generate([1, 2, 3], max_tokens=8).token_ids == expected
 
 
+def test_weights_that_were_replaced_are_not_passed_over():
+    model, other = deepcopy(tiny("qwen3")), deepcopy(tiny("qwen3"))
+    engine = Engine(model)
+    for changed in (model, other):
+        projection = changed.model.layers[1].mlp.up_proj.weight
+        projection.data = projection.data.roll(1, 0)
+    assert (
+        engine.generate([1, 2, 3], max_tokens=8).token_ids == Engine(other).generate([1, 2, 3], max_tokens=8).token_ids
+    )
+
+
 class Wrapped(nn.Linear):
     """A layer of somebody else's, such as an adapter."""
 

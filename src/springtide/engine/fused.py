@@ -30,11 +30,12 @@ class FusedLayer:
         self.heads: int = matrices[0].out_features // self.head_dim
         self.kv_heads: int = matrices[1].out_features // self.head_dim
         rotary = self.head_dim if getattr(attention, "use_rope", True) else 0
-        # The tensors are held, so that their addresses stay good.
-        self.weights = [None if norm is None else norm.weight.detach() for norm in norms]
-        self.weights += [None if x is None else x.detach() for m in matrices for x in (m.weight, m.bias)]
+        weights: list[Tensor | None] = [None if norm is None else norm.weight for norm in norms]
+        weights += [x for m in matrices for x in (m.weight, m.bias)]
         epsilon: float = layer.input_layernorm.variance_epsilon
-        self.block = native.block(self.weights, self.heads, self.kv_heads, self.head_dim, rotary, epsilon)
+        self.block = native.block(weights, self.heads, self.kv_heads, self.head_dim, rotary, epsilon)
+        self.weights = [x for x in weights if x is not None]
+        self.addresses = [x.data_ptr() for x in self.weights]
 
     @classmethod
     def of(cls, layer: Any, config: Any) -> Self | None:
@@ -51,9 +52,9 @@ class FusedLayer:
         return cls(layer, level)
 
     def takes(self, hidden: Tensor) -> bool:
-        """Whether ``hidden [R, hidden]`` can run here: not too many rows, nor a model that was converted since."""
-        same = hidden.dtype == self.dtype and hidden.device.type == "cpu"
-        return same and len(hidden) <= self.most_rows
+        """Whether ``hidden [R, hidden]`` can run here: not too many rows, and weights that are where they were."""
+        there = hidden.dtype == self.dtype and [x.data_ptr() for x in self.weights] == self.addresses
+        return there and len(hidden) <= self.most_rows
 
     def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[R, H, D]``, keys and values ``[H_kv, R, D]`` of the layer's input ``hidden [R, hidden]``."""
