@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import median
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from springtide import kernels
-from springtide.benchmarks.contenders import PAUSE
+from springtide.benchmarks.contenders import PAUSE, timed
 from springtide.benchmarks.traffic import read_bandwidth
 from springtide.engine.cache import Cache
 from springtide.kernels import Visible
@@ -106,14 +107,13 @@ def run(context: int, budgets: Sequence[int], turns: int, dtype: torch.dtype) ->
 
 def _timed(call: Callable[[Tensor, Tensor], object], cache: Cache, context: int) -> list[float]:
     time.sleep(PAUSE)
-    call(*cache.read(0, 0, context))
-    times = []
-    for number in range(CALLS):
-        keys, values = cache.read((number + 1) % LAYERS, 0, context)
-        start = time.perf_counter()
-        call(keys, values)
-        times.append(time.perf_counter() - start)
-    return times
+    layers = cycle(range(LAYERS))
+
+    def step() -> None:
+        call(*cache.read(next(layers), 0, context))
+
+    step()
+    return timed(step, CALLS)
 
 
 def _cases(context: int, budgets: Sequence[int], dtype: torch.dtype) -> Iterator[Case]:
