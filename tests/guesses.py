@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
+from springtide.drafting.drafter import Drafter
 from springtide.drafting.tree import TokenTree
 
 KINDS = ("oracle", "wrong", "zero", "random", "mixed")
 
 
 @dataclass
-class Guesses:
+class Guesses(Drafter):
     """Proposes for sequences that begin as one of ``truths`` (prompt and output).
 
     ``oracle``: the next tokens, as a chain. ``wrong``: a chain and siblings that are never right. ``zero``: a chain of
@@ -27,7 +29,7 @@ class Guesses:
     vocab: int = 97
     calls: int = 0
 
-    def propose(self, tokens: Sequence[int]) -> TokenTree:
+    def propose(self, state: Any, tokens: Sequence[int]) -> TokenTree:
         self.calls += 1
         known = list(tokens)
         ahead = next((list(truth[len(known) :]) for truth in self.truths if truth[: len(known)] == known), [])

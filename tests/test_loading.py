@@ -15,6 +15,7 @@ import springtide
 from folders import VOCAB, edit_json, save_model, tokenizer
 from springtide import SpringtideError
 from springtide.attention import Tidal
+from springtide.drafting.drafter import Drafter
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
 from tiny import random_tokens, tiny
@@ -286,13 +287,13 @@ def test_stop_strings_end_the_text_before_them(engine):
         springtide.load(tiny("qwen3")).generate(random_tokens(5), stop="a")
 
 
-class Foresight:
+class Foresight(Drafter):
     """Drafts a chain of the tokens to come."""
 
     def __init__(self, truth: list[int]) -> None:
         self.truth = truth
 
-    def propose(self, tokens):
+    def propose(self, state, tokens):
         chain = [*tokens[-1:], *self.truth[len(tokens) : len(tokens) + 6]]
         return TokenTree(chain, list(range(-1, len(chain) - 1)))
 

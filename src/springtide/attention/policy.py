@@ -5,6 +5,7 @@ A policy is a frozen dataclass of its options. What it remembers of a sequence l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -69,6 +70,9 @@ class Policy:
     def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
         """Attention output ``[R, H, D]`` of the segment's rows ``q [R, H, D]``, whose keys are in the cache already."""
         return dense(layer, q, segment)
+
+    def grown(self, segment: Segment, origins: Sequence[int]) -> None:
+        """Rows were added to the segment in mid-pass: each goes on from the hidden state of the row in ``origins``."""
 
     def commit(self, segment: Segment, kept: int) -> None:
         """The pass is over and ``kept`` rows of the segment stay in the cache."""

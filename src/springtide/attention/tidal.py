@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -26,7 +27,7 @@ from springtide.errors import SpringtideError
 
 @dataclass
 class TidalState(State):
-    """``selected [R or 1, H_kv, B]``: the slots that sparse layers read in the present pass."""
+    """``selected [R, H_kv, B]``: the slots that sparse layers read in the present pass, once a layer has chosen."""
 
     selected: Tensor | None = None
 
@@ -147,7 +148,8 @@ class Tidal(Policy):
         return None if self.correct is None else self.correct - (length - state.exact)
 
     def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
-        if not segment.decoding or layer.window is not None or self.budget >= segment.length:
+        covered = self.budget >= segment.prefix + len(segment.tokens)
+        if not segment.decoding or layer.window is not None or covered:
             return dense(layer, q, segment)
         state: TidalState = segment.state
         if layer.index in self.dense_layers:
@@ -162,13 +164,25 @@ class Tidal(Policy):
 
         With ``rows="root"`` the first row selects for all, and every row also reads its ancestors in the segment.
         """
-        if self.rows == "each" or len(segment.tokens) == 1:
+        if self.rows == "each" or segment.rows == 1:
             return self.best(layer, q, segment)
         root = replace(segment, tokens=segment.tokens[:1], parents=segment.parents[:1])
         chosen = self.best(layer, q[:1], root)
         others = torch.arange(root.length, segment.length, device=chosen.device)
         joined = torch.cat([chosen, others.expand(1, chosen.shape[1], -1)], dim=-1)
-        return joined.expand(len(segment.tokens), -1, -1)
+        return joined.expand(segment.rows, -1, -1)
+
+    def grown(self, segment: Segment, origins: Sequence[int]) -> None:
+        """Rows that were added read what their origins selected, and each other."""
+        state: TidalState = segment.state
+        if state.selected is not None:
+            chosen = state.selected[[*range(segment.rows - len(origins)), *origins]]
+            others = torch.arange(segment.length - len(origins), segment.length, device=chosen.device)
+            state.selected = torch.cat([chosen, others.expand(*chosen.shape[:2], -1)], dim=-1)
+
+    def commit(self, segment: Segment, kept: int) -> None:
+        super().commit(segment, kept)
+        segment.state.selected = None
 
     def best(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
         """The ``budget`` slots that each row wants most, ``[R, H_kv, B]``, those that are always kept among them."""

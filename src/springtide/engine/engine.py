@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from springtide.attention import parse_policy
 from springtide.attention.policy import Policy
-from springtide.drafting.drafter import Drafter, Undrafted
+from springtide.drafting.drafter import Drafter
 from springtide.engine.loop import Loop
 from springtide.engine.sampling import Sampling
 from springtide.engine.scheduler import Scheduler
@@ -71,7 +71,7 @@ class Engine:
         self.stack = Stack(model, calibration)
         _check_calibration(self.stack.spec)
         self.tokenizer = tokenizer
-        self.drafter = drafter or Undrafted()
+        self.drafter = (drafter or Drafter()).resolve(self.stack)
         self.policy = self.resolve(policy)
         self.eos = _eos(model, tokenizer)
 
@@ -83,6 +83,12 @@ class Engine:
         """The same model under another policy."""
         other = copy(self)
         other.policy = self.resolve(policy)
+        return other
+
+    def drafting(self, drafter: Drafter) -> Engine:
+        """The same model and policy with another drafter."""
+        other = copy(self)
+        other.drafter = drafter.resolve(self.stack)
         return other
 
     @overload
@@ -176,7 +182,8 @@ class Engine:
             reuse.cache.crop(_common_prefix(reuse.tokens, tokens[:-1]))
             cache = reuse.cache
             state = self.policy.new_state(exact=min(reuse.state.exact, cache.length))
-        return Sequence(list(tokens), cache, state, sampling, prefill_end=prefill, output_start=len(tokens))
+        draft = self.drafter.new_state()
+        return Sequence(list(tokens), cache, state, draft, sampling, prefill_end=prefill, output_start=len(tokens))
 
     def read(self, tokens: List[int]) -> Sequence:
         """A sequence whose cache holds ``tokens``, computed densely, for :meth:`start` to reuse under any policy."""
@@ -235,7 +242,7 @@ class Engine:
         as if they had been generated. ``reuse``: see :meth:`start`. ``meter`` is called with every sparse read.
         """
         sequence = self.start(tokens, Sampling(), prefill=prefill, reuse=reuse)
-        loop = Loop(self.stack, self.policy, Undrafted(), frozenset())
+        loop = Loop(self.stack, self.policy, Drafter(), frozenset())
         done = prefill
         # The last prompt row predicts the first token, so it is computed even when it is in the cache.
         sequence.crop(prefill - 1)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from springtide.attention.policy import Policy
@@ -14,7 +15,7 @@ from springtide.drafting.drafter import Drafter
 from springtide.drafting.tree import TokenTree
 from springtide.engine.rows import Segment
 from springtide.engine.sequence import Sequence
-from springtide.engine.stack import Stack
+from springtide.engine.stack import Pass, Stack
 
 CHUNK = 1024  # prompt rows in a pass
 GIVEN_ROWS = 64  # rows in a pass that decodes tokens which are known already
@@ -34,13 +35,16 @@ class Loop:
         sequences = list(running)
         plans = [self.plan(sequence) for sequence in sequences]
         segments = [segment for segment, _ in plans]
-        hidden = self.stack.forward(segments, self.policy)
-        gained, start = [], 0
-        for sequence, (segment, tree) in zip(sequences, plans, strict=True):
-            stop = start + len(segment.tokens)
-            gained.append((sequence, self.commit(sequence, segment, tree, hidden[start:stop])))
-            start = stop
-        return gained
+        hidden = torch.split(self.forward(segments), [len(segment.tokens) for segment in segments])
+        return [
+            (sequence, self.commit(sequence, segment, tree, own))
+            for sequence, (segment, tree), own in zip(sequences, plans, hidden, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def forward(self, segments: list[Segment]) -> Tensor:
+        """Final hidden states ``[R, hidden]`` of the rows that were planned."""
+        return self.drafter.forward(Pass(self.stack, segments, self.policy), self.stack.spec.num_layers)
 
     def plan(self, sequence: Sequence) -> tuple[Segment, TokenTree | None]:
         """The sequence's rows in the next pass, and the tree to choose from when they reach the last token.
@@ -58,18 +62,33 @@ class Loop:
         if cached < known - 1:
             stop = min(start + self._given_rows(sequence), known - 1)
             return self._chain(sequence, start, stop, decoding=True)
-        tree = self.drafter.propose(sequence.tokens).limited(self._depth(sequence))
+        tree = self.drafter.propose(sequence.draft, sequence.tokens).limited(self._depth(sequence))
         segment = Segment(
-            sequence.cache, start, tree.tokens, tree.parents, True, sequence.state, device=self.stack.device
+            sequence.cache,
+            start,
+            tree.tokens,
+            tree.parents,
+            decoding=True,
+            state=sequence.state,
+            outputs=len(tree.tokens),
+            draft=sequence.draft,
+            device=self.stack.device,
         )
         return segment, tree
 
     def _chain(self, sequence: Sequence, start: int, stop: int, *, decoding: bool) -> tuple[Segment, TokenTree | None]:
-        tokens = sequence.tokens[start:stop]
+        tokens, last = sequence.tokens[start:stop], stop == len(sequence.tokens)
         segment = Segment.chain(
-            sequence.cache, start, tokens, decoding=decoding, state=sequence.state, device=self.stack.device
+            sequence.cache,
+            start,
+            tokens,
+            decoding=decoding,
+            state=sequence.state,
+            outputs=int(last),
+            draft=sequence.draft,
+            device=self.stack.device,
         )
-        return segment, TokenTree.single(tokens[-1]) if stop == len(sequence.tokens) else None
+        return segment, TokenTree.single(tokens[-1]) if last else None
 
     def _given_rows(self, sequence: Sequence) -> int:
         if not self.policy.rows_independent:
@@ -93,11 +112,11 @@ class Loop:
         if tree is None:
             accepted = Accepted(path=list(range(len(segment.tokens))), tokens=[])
         else:
-            rows = len(tree.tokens)
-            logits = self.stack.logits(hidden[-rows:])
+            before = len(segment.tokens) - segment.outputs
+            logits = self.stack.logits(hidden[before:])
             accepted = accept(tree, logits, sequence.sampling, sequence.tokens)
-            before = len(segment.tokens) - rows
             accepted = Accepted([*range(before), *(before + node for node in accepted.path)], accepted.tokens)
+            self.drafter.commit(segment, hidden, accepted.path)
         segment.cache.commit(segment.prefix, accepted.path)
         self.policy.commit(segment, len(accepted.path))
         return self._append(sequence, segment, accepted.tokens)
@@ -107,6 +126,8 @@ class Loop:
         now, limit = time.perf_counter(), self.stack.spec.context_limit
         if tokens and sequence.output:
             sequence.decode_bytes += segment.bytes_read
+            sequence.passes += 1
+            sequence.drafted += segment.outputs - 1
         kept = []
         for token in tokens:
             kept.append(token)
@@ -118,6 +139,7 @@ class Loop:
             if sequence.finish_reason is not None:
                 break
         sequence.crop(len(sequence.tokens) - 1)
+        sequence.accepted += min(len(kept), len(tokens) - 1)
         if kept:
             first = sequence.first_token is None
             sequence.first_token = sequence.first_token or now

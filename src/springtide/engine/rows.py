@@ -1,4 +1,4 @@
-"""A pass is a list of rows; a segment is one sequence's part of it.
+"""A segment is one sequence's part of the rows of a pass.
 
 A row is a token at a position with a parent. Prefill is a chain of rows, plain decoding is one row, a draft tree is
 rows whose parents form a tree, and a refresh is a chain at positions that are in the cache already.
@@ -25,8 +25,11 @@ class Segment:
 
     Every row sees the ``prefix`` first tokens of the cache, its ancestors among the rows, and itself. Row ``i`` is
     written to slot ``prefix + i`` of the cache. ``decoding`` is false for rows of a prompt or a refresh: a policy that
-    approximates decoding alone computes those densely. ``state`` is the policy's own, one per sequence. ``bytes_read``
-    counts what the policy reads of the cache; ``meter``, if any, is called with every sparse read.
+    approximates decoding alone computes those densely. ``outputs`` of the rows, the last ones, are asked for the token
+    that follows. ``state`` is the policy's own and ``draft`` the drafter's, one per sequence. ``bytes_read`` counts
+    what the policy reads of the cache; ``meter``, if any, is called with every sparse read.
+
+    The rows are those of ``tokens`` first, then those that :meth:`grow` added, which stand for no token.
     """
 
     cache: Cache
@@ -35,31 +38,49 @@ class Segment:
     parents: list[int]
     decoding: bool
     state: Any
+    outputs: int = 0
+    draft: Any = None
     bytes_read: int = 0
     device: torch.device | str = "cpu"
     meter: Callable[..., None] | None = None
     depths: list[int] = field(init=False)
-    is_chain: bool = field(init=False)
     _seen: dict[tuple[int | None, int], Visible] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.depths = []
-        for parent in self.parents:
+        self._descend()
+
+    def _descend(self) -> None:
+        """Depths of the rows that have none yet."""
+        for parent in self.parents[len(self.depths) :]:
             self.depths.append(0 if parent == PREFIX else self.depths[parent] + 1)
-        self.is_chain = self.parents == list(range(-1, len(self.parents) - 1))
 
     @classmethod
     def chain(
-        cls, cache: Cache, prefix: int, tokens: Sequence[int], *, decoding: bool, state: Any, device: Any = "cpu"
+        cls, cache: Cache, prefix: int, tokens: Sequence[int], *, decoding: bool, state: Any, **options: Any
     ) -> Segment:
         """Rows that follow one another."""
         parents = list(range(-1, len(tokens) - 1))
-        return cls(cache, prefix, list(tokens), parents, decoding, state, device=device)
+        return cls(cache, prefix, list(tokens), parents, decoding, state, **options)
+
+    def grow(self, parents: Sequence[int]) -> None:
+        """Add rows below ``parents``; no row that is there already sees them."""
+        self.parents = [*self.parents, *parents]
+        self._descend()
+        self._seen.clear()
+
+    @property
+    def rows(self) -> int:
+        return len(self.parents)
+
+    @property
+    def is_chain(self) -> bool:
+        return self.parents == list(range(-1, len(self.parents) - 1))
 
     @property
     def length(self) -> int:
         """Slots that a row may see at most: the prefix and the segment's own rows."""
-        return self.prefix + len(self.tokens)
+        return self.prefix + self.rows
 
     @property
     def positions(self) -> list[int]:
@@ -89,7 +110,7 @@ class Segment:
     @property
     def _ancestors(self) -> Tensor:
         """bool ``[n, n]``: the ancestors of each row, and the row itself."""
-        mask = torch.eye(len(self.tokens), dtype=torch.bool)
+        mask = torch.eye(self.rows, dtype=torch.bool)
         for row, parent in enumerate(self.parents):
             if parent != PREFIX:
                 mask[row] |= mask[parent]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from springtide.attention.policy import State
 from springtide.engine.cache import Cache
@@ -20,6 +20,7 @@ class Stats:
 
     ``ttft_ms``: from the request to its first token. ``tpot_ms``: mean time of a token after the first, None if there
     is none. ``kv_bytes_per_token``: mean bytes of the KV cache read for a token after the prompt, None likewise.
+    ``passes``: of the model, after the prompt's. ``drafted_tokens`` were tried in them, ``accepted_tokens`` kept.
     """
 
     prompt_tokens: int
@@ -28,19 +29,25 @@ class Stats:
     tpot_ms: float | None
     tokens_per_second: float | None
     kv_bytes_per_token: float | None
+    passes: int
+    drafted_tokens: int
+    accepted_tokens: int
 
 
 @dataclass
 class Sequence:
     """Tokens, their cache and the policy's state: everything that is needed to go on, in one place.
 
-    ``tokens[:cache.length]`` are in the cache. Tokens before ``prefill_end`` are computed as a prompt; later ones, and
-    all generated ones, as decoding. ``output_start`` is where the present request's output begins.
+    ``state`` is the policy's and ``draft`` the drafter's. ``tokens[:cache.length]`` are in the cache. Tokens before
+    ``prefill_end`` are computed as a prompt; later ones, and all generated ones, as decoding. ``output_start`` is where
+    the present request's output begins. Of the tokens that were ``drafted``, ``accepted`` are in the output; it took
+    ``passes`` passes after the prompt's.
     """
 
     tokens: list[int]
     cache: Cache
     state: State
+    draft: Any
     sampling: Sampling
     prefill_end: int
     output_start: int
@@ -51,6 +58,9 @@ class Sequence:
     last_token: float | None = None
     decode_bytes: int = 0
     decoded: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    passes: int = 0
 
     @property
     def output(self) -> list[int]:
@@ -68,7 +78,9 @@ class Sequence:
 
     def fork(self) -> Sequence:
         """An independent sequence that goes on from the same tokens."""
-        return replace(self, tokens=list(self.tokens), cache=self.cache.fork(), state=copy(self.state))
+        return replace(
+            self, tokens=list(self.tokens), cache=self.cache.fork(), state=copy(self.state), draft=copy(self.draft)
+        )
 
     def stats(self) -> Stats:
         """Figures up to now."""
@@ -82,4 +94,7 @@ class Sequence:
             tpot_ms=None if tpot is None else 1e3 * tpot,
             tokens_per_second=1 / tpot if tpot else None,
             kv_bytes_per_token=self.decode_bytes / self.decoded if self.decoded else None,
+            passes=self.passes,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
         )

@@ -19,6 +19,7 @@ class ModelSpec:
     windows: tuple[int | None, ...]
     vocab_size: int
     context_limit: int
+    hidden_size: int = 0
     calibration: dict[str, Any] | None = None
 
     @classmethod
@@ -29,6 +30,7 @@ class ModelSpec:
             windows=_windows(config),
             vocab_size=config.vocab_size,
             context_limit=config.max_position_embeddings,
+            hidden_size=config.hidden_size,
             calibration=calibration,
         )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,14 +50,6 @@ def check_supported(model_type: str) -> None:
         )
 
 
-@dataclass
-class Pass:
-    """One forward pass: segments side by side, and the policy that attends."""
-
-    segments: Sequence[Segment]
-    policy: Policy
-
-
 class Stack:
     """Runs rows through the layers of a model, whose weights and configuration it leaves as they are."""
 
@@ -76,28 +69,21 @@ class Stack:
     def new_cache(self) -> Cache:
         return Cache(self.spec.num_layers)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells models apart: of the embedding's first rows and the last norm, in bf16, whatever dtype they are in."""
+        weights = (self.model.model.embed_tokens.weight[:64], self.model.model.norm.weight)
+        data = torch.cat([weight.detach().bfloat16().flatten() for weight in weights]).view(torch.int16).cpu()
+        return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
+
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment], policy: Policy) -> Tensor:
         """Final hidden states ``[R, hidden]`` of all rows, whose keys and values are written to their caches."""
-        ids = torch.tensor([token for s in segments for token in s.tokens], device=self.device)
-        return self.run(self.embed(ids), segments, policy, 0, self.spec.num_layers)
+        step = Pass(self, segments, policy)
+        return step.run(step.embed(), 0, self.spec.num_layers)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Input of layer 0, ``[R, hidden]``, for tokens ``ids [R]``."""
-        hidden: Tensor = self.model.model.embed_tokens(ids)
-        return hidden * getattr(self.model.config, "embedding_multiplier", 1.0)
-
-    def run(self, hidden: Tensor, segments: Sequence[Segment], policy: Policy, start: int, stop: int) -> Tensor:
-        """Take ``hidden [R, hidden]``, the input of layer ``start``, through layers ``start .. stop - 1``."""
-        step = Pass(segments, policy)
-        rotary = self._rotary(hidden[None], segments)
-        with self._own_attention():
-            for index in range(start, stop):
-                embeddings = rotary[self._kind(index)] if isinstance(rotary, dict) else rotary
-                hidden = self._layer(index, hidden, embeddings, step)
-        return hidden
-
-    def _layer(self, index: int, hidden: Tensor, embeddings: Any, step: Pass) -> Tensor:
+    def layer(self, index: int, hidden: Tensor, embeddings: Any, step: Pass) -> Tensor:
+        """Output of one layer for ``hidden [R, hidden]``; ``embeddings``: what :meth:`rotary` gives for it."""
         layer, fused = self.model.model.layers[index], self.fused[index]
         if fused is None or not fused.takes(hidden):
             out: Tensor = layer(hidden[None], attention_mask=None, position_embeddings=embeddings, springtide=step)
@@ -108,11 +94,21 @@ class Stack:
             hidden, attend(Layer(index, layer.self_attn.scaling, None, self.spec.windows[index]), q, k, v, step)
         )
 
+    def norm(self, hidden: Tensor) -> Tensor:
+        """What the LM head reads, ``[R, hidden]``, from the output of the last layer."""
+        normed: Tensor = self.model.model.norm(hidden)
+        return normed
+
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits ``[R, V]``, fp32 or wider, from the output of the last layer."""
+        return self.head(self.norm(hidden))
+
+    @torch.inference_mode()
+    def head(self, normed: Tensor) -> Tensor:
+        """Next-token logits ``[R, V]``, fp32 or wider, from what the LM head reads."""
         config = self.model.config
-        logits = self._head(self.model.model.norm(hidden))
+        logits = self._head(normed)
         logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
         if cap is not None:
@@ -127,7 +123,7 @@ class Stack:
             return logits
         return native.linear(level, hidden, head.weight, head.bias)
 
-    def _rotary(self, hidden: Tensor, segments: Sequence[Segment]) -> Any:
+    def rotary(self, hidden: Tensor, segments: Sequence[Segment]) -> Any:
         """Cosines and sines of the rows' positions; one pair a layer type where the types differ (Gemma 3)."""
         positions = [torch.tensor([s.positions], device=self.device) for s in segments]
         config, rotary = self.model.config, self.model.model.rotary_emb
@@ -139,12 +135,8 @@ class Stack:
             return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
         return rotary(hidden, torch.cat(positions, 1))
 
-    def _kind(self, index: int) -> str:
-        kind: str = self.model.config.layer_types[index]
-        return kind
-
     @contextmanager
-    def _own_attention(self) -> Iterator[None]:
+    def own_attention(self) -> Iterator[None]:
         """Route the layers' attention to :func:`attention` while a pass runs, so that the model stays the user's."""
         config = self.model.config
         before = config._attn_implementation
@@ -153,6 +145,50 @@ class Stack:
             yield
         finally:
             config._attn_implementation = before
+
+
+class Pass:
+    """One forward pass: the rows of ``segments`` side by side, attending by ``policy``."""
+
+    def __init__(self, stack: Stack, segments: Sequence[Segment], policy: Policy) -> None:
+        self.stack = stack
+        self.segments = segments
+        self.policy = policy
+
+    def embed(self) -> Tensor:
+        """Input of layer 0, ``[R, hidden]``."""
+        ids = torch.tensor([token for s in self.segments for token in s.tokens], device=self.stack.device)
+        hidden: Tensor = self.stack.model.model.embed_tokens(ids)
+        return hidden * getattr(self.stack.model.config, "embedding_multiplier", 1.0)
+
+    def run(self, hidden: Tensor, start: int, stop: int) -> Tensor:
+        """Take ``hidden [R, hidden]``, the input of layer ``start``, through layers ``start .. stop - 1``."""
+        stack = self.stack
+        rotary = stack.rotary(hidden[None], self.segments)
+        with stack.own_attention():
+            for index in range(start, stop):
+                kinds = isinstance(rotary, dict)
+                embeddings = rotary[stack.model.config.layer_types[index]] if kinds else rotary
+                hidden = stack.layer(index, hidden, embeddings, self)
+        return hidden
+
+    def split(self, hidden: Tensor) -> list[Tensor]:
+        """Each segment's rows of ``hidden [R, hidden]``."""
+        return list(torch.split(hidden, [segment.rows for segment in self.segments]))
+
+    def grow(
+        self, hidden: Tensor, parents: Sequence[Sequence[int]], origins: Sequence[Sequence[int]], rows: Tensor
+    ) -> Tensor:
+        """Add rows in mid-pass: ``hidden`` with ``rows`` (all segments' new ones) behind each segment's own.
+
+        For each segment, ``parents`` are the rows that the new ones follow, and ``origins`` those whose hidden states
+        theirs were made of, whose choice of slots a policy takes over.
+        """
+        own, new = self.split(hidden), torch.split(rows, [len(added) for added in parents])
+        for segment, added, sources in zip(self.segments, parents, origins, strict=True):
+            segment.grow(added)
+            self.policy.grown(segment, sources)
+        return torch.cat([part for pair in zip(own, new, strict=True) for part in pair])
 
 
 def attention(
@@ -180,7 +216,7 @@ def attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Tensor:
     """Attention ``[R, H, D]`` of a pass; its keys and values ``[H_kv, R, D]`` are written to the caches first."""
     outputs, start = [], 0
     for segment in step.segments:
-        stop = start + len(segment.tokens)
+        stop = start + segment.rows
         segment.cache.write(layer.index, segment.prefix, k[:, start:stop], v[:, start:stop])
         outputs.append(step.policy.attend(layer, q[start:stop], segment))
         start = stop

@@ -61,7 +61,7 @@ class Probe(Policy):
                 held = probs.gather(3, wide).sum(-1).mean((1, 2)).sum().item()
                 self.sums[earlier, layer.index] = self.sums.get((earlier, layer.index), 0.0) + held
         self._selected[layer.index] = self.tidal.best(layer, q, segment)
-        self.rows[layer.index] = self.rows.get(layer.index, 0) + len(segment.tokens)
+        self.rows[layer.index] = self.rows.get(layer.index, 0) + segment.rows
 
     def kept(self, layers: Sequence[int]) -> list[list[float]]:
         """Mean share of attention mass ``[selecting layer][reading layer]``; 0 where none was measured."""
