@@ -21,12 +21,12 @@ struct alignas(64) TileConfig {
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// The compiler's own tile intrinsics take no template arguments, and let it move or drop stores that they read.
 inline void enter_tiles() {
   TileConfig config;
-  _tile_loadconfig(&config);
+  asm volatile("ldtilecfg (%0)" ::"r"(&config) : "memory");
 }
 
-// The compiler's own tile intrinsics take no template arguments, and let it move stores across tile loads.
 template <int Tile>
 inline void tile_load(const void* from, std::int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(Tile) : "memory");
@@ -77,6 +77,26 @@ inline void transpose(__m512i x[16]) {
   }
 }
 
+// The transpose of a tile of 16 rows of 16 dwords, and its first four rows alone, which cost a quarter.
+inline void all_rows(const float* tile, __m512i x[16]) {
+  for (int i = 0; i < kTile; i++) x[i] = load_line(tile + i * kTile);
+  transpose(x);
+}
+
+inline void first_four(const float* tile, __m512i x[4]) {
+  __m512 y[4];
+  for (int i = 0; i < 4; i++) {
+    y[i] = _mm512_castps128_ps512(_mm_load_ps(tile + i * kTile));
+    y[i] = _mm512_insertf32x4(y[i], _mm_load_ps(tile + (4 + i) * kTile), 1);
+    y[i] = _mm512_insertf32x4(y[i], _mm_load_ps(tile + (8 + i) * kTile), 2);
+    y[i] = _mm512_insertf32x4(y[i], _mm_load_ps(tile + (12 + i) * kTile), 3);
+  }
+  const __m512i a = (__m512i)_mm512_unpacklo_ps(y[0], y[1]), b = (__m512i)_mm512_unpackhi_ps(y[0], y[1]);
+  const __m512i c = (__m512i)_mm512_unpacklo_ps(y[2], y[3]), d = (__m512i)_mm512_unpackhi_ps(y[2], y[3]);
+  x[0] = _mm512_unpacklo_epi64(a, c), x[1] = _mm512_unpackhi_epi64(a, c);
+  x[2] = _mm512_unpacklo_epi64(b, d), x[3] = _mm512_unpackhi_epi64(b, d);
+}
+
 // Up to 16 rows of up to 32 elements as a B tile: rows become columns. Missing ones are zero.
 inline void pack_tile(const bf16* const* rows, int count, std::int64_t from, int elements, bf16* tile) {
   __m512i x[16];
@@ -86,13 +106,12 @@ inline void pack_tile(const bf16* const* rows, int count, std::int64_t from, int
   for (int r = 0; r < 16; r++) _mm512_store_si512(tile + r * kDepth, x[r]);
 }
 
-// 2^x to a relative error of 3e-6, and exactly 1 for 0; 0 for minus infinity.
+// 2^x to a relative error of 1e-4, which is nothing beside a weight's in bf16, and exactly 1 for 0; 0 for minus infinity.
 inline __m512 fast_exp2(__m512 x) {
   __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  __m512 p = _mm512_set1_ps(0.01342668f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.05224247f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.2412802f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69304484f));
+  __m512 p = _mm512_set1_ps(0.0781455737f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.226173572f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.695556856f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(p, x);
 }
@@ -102,28 +121,27 @@ inline __m512 fast_exp2(__m512 x) {
 // As VectorCore. Logits come as [slot, row], so that softmax runs along lanes; weights are transposed into A tiles.
 // Pairs of values are interleaved within 128-bit lanes, which permutes the output's dimensions until the end.
 //
-// Work on 16 rows (a column) and a block of slots is an item. While the vector unit weighs an item, the tile unit
-// multiplies the keys of the next item and the values of the last one: so a block is computed when the next one is
-// given, and memory is read evenly all the time.
+// 16 rows are a column. Columns are taken two at a time, so that each tile of keys or values that is loaded is
+// multiplied twice.
 class TileCore {
  public:
   static constexpr int kRows = 64, kTokens = 64;
 
   static std::size_t bytes(int dim) {
     int wide = up(dim, kDepth);
-    return Arena::room<bf16>(kRows * wide) + Arena::room<float>(kRows * wide) + 6 * Arena::room<bf16>(kTokens * wide) +
+    return Arena::room<bf16>(kRows * wide) + Arena::room<float>(kRows * wide) + 3 * Arena::room<bf16>(kTokens * wide) +
            2 * Arena::room<float>(kTokens * kTile) + 2 * Arena::room<bf16>(kTokens * kTile) +
            2 * Arena::room<float>(kRows);
   }
 
   TileCore(int dim, float scale, float softcap, Arena& arena)
-      : dim_(dim), wide_(up(dim, kDepth)), logit_(scale, softcap) {
+      : dim_(dim), wide_(up(dim, kDepth)), tiles_(wide_ / kTile), logit_(scale, softcap) {
     q_ = arena.take<bf16>(kRows * wide_);
     out_ = arena.take<float>(kRows * wide_);
+    staged_k_ = arena.take<bf16>(kTokens * wide_);
+    staged_v_ = arena.take<bf16>(kTokens * wide_);
+    v_ = arena.take<bf16>(kTokens * wide_);
     for (int i = 0; i < 2; i++) {
-      staged_k_[i] = arena.take<bf16>(kTokens * wide_);
-      staged_v_[i] = arena.take<bf16>(kTokens * wide_);
-      v_[i] = arena.take<bf16>(kTokens * wide_);
       s_[i] = arena.take<float>(kTokens * kTile);
       p_[i] = arena.take<bf16>(kTokens * kTile);
     }
@@ -136,42 +154,52 @@ class TileCore {
 
   void start(const bf16* const* q, int rows) {
     rows_ = rows, columns_ = (rows + kTile - 1) / kTile;
-    blocks_ = items_ = 0;
-    last_ = {};
-    for (int d = 0; d < wide_ / kDepth; d++)
-      for (int c = 0; c < columns_; c++)
+    fresh_ = true;
+    for (int c = 0; c < columns_; c++)
+      for (int d = 0; d < wide_ / kDepth; d++)
         pack_tile(q + c * kTile, std::min(kTile, rows - c * kTile), d * kDepth, std::min(kDepth, dim_ - d * kDepth),
-                  q_ + (d * columns_ + c) * kTile * kDepth);
+                  query(c) + d * kTile * kDepth);
     for (int r = 0; r < kRows; r++) top_[r] = -kInfinity, total_[r] = 0;
     std::memset(out_, 0, sizeof(float) * columns_ * kTile * wide_);
   }
 
   void tokens(const bf16* k, const bf16* v, const std::int64_t* slots, int count, std::int64_t left,
               const std::uint8_t* mask) {
-    Block next{k, v, mask, slots, left, dim_, count, static_cast<int>(up(count, kDepth)), blocks_ % 2, true};
-    if (slots || count < next.padded || dim_ != wide_) {
-      if (slots && blocks_ == 0) {
-        all_k_ = k, all_v_ = v;
-        for (int t = 0; t < std::min<std::int64_t>(left, 2 * kTokens); t++) fetch_slot(slots[t]);
-      }
-      next.k = stage(k, slots, count, next.padded, staged_k_[next.parity]);
-      next.v = stage(v, slots, count, next.padded, staged_v_[next.parity]);
-      next.stride = wide_, next.streams = false;
+    Block b{k, v, mask, dim_, count, static_cast<int>(up(count, kDepth))};
+    Fetch fetch = fetch_after(k, v, slots, left);
+    if (slots && fresh_) {
+      Fetch first{*this, k, v, slots, 0, std::min<std::int64_t>(left, 2 * kTokens), 1};
+      while (first.at < first.end) first.one();
     }
-    if (blocks_)
-      weigh(&next);
-    else
-      for (int t = 0; t < next.padded; t += kTile) product(next.k, next.stride, t, 0, s_[0]);
-    block_ = next;
-    blocks_++;
+    fresh_ = false;
+    if (slots || count < b.padded || dim_ != wide_) {
+      b.k = stage(k, slots, count, b.padded, staged_k_);
+      b.v = stage(v, slots, count, b.padded, staged_v_);
+      b.stride = wide_;
+    }
+    for (int t = 0; t < b.padded; t += 2) {
+      interleave(b, t);
+      fetch.some();
+    }
+    for (int c = 0; c < columns_; c += 2)
+      if (c + 1 < columns_)
+        add_block<2>(c, b, fetch);
+      else
+        add_block<1>(c, b, fetch);
   }
 
   void finish(float* out, float* top, float* total) {
-    if (blocks_) weigh(nullptr);
-    if (last_.padded)
-      for (int d = 0; d < wide_ / kTile; d += 4) add_values(d);
+    const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     for (int r = 0; r < rows_; r++) {
-      for (int d = 0; d < dim_; d++) out[r * dim_ + d] = out_[r * wide_ + place_of(d)];
+      for (int d = 0; d < dim_; d += kDepth) {
+        const float* own = sums(r / kTile, d / kTile) + r % kTile * kTile;
+        __m512 x = _mm512_loadu_ps(own), y = _mm512_loadu_ps(own + kTile * kTile);
+        const __mmask32 some = dim_ - d >= kDepth ? 0xffffffffu : (1u << (dim_ - d)) - 1;
+        float* to = out + r * dim_ + d;
+        _mm512_mask_storeu_ps(to, some, _mm512_permutex2var_ps(x, low, y));
+        _mm512_mask_storeu_ps(to + kTile, some >> kTile, _mm512_permutex2var_ps(x, high, y));
+      }
       top[r] = top_[r], total[r] = total_[r];
     }
   }
@@ -182,17 +210,23 @@ class TileCore {
       const bf16* own = k + first * dim_;
       int step = dim_;
       if (n < kTile || dim_ != wide_) {
-        own = stage(own, nullptr, n, kTile, staged_k_[0]);
+        own = stage(own, nullptr, n, kTile, staged_k_);
         step = wide_;
       }
-      fetch(k + (first + 2 * kTile) * dim_, kTile);
+      fetch_rows(k + (first + 2 * kTile) * dim_, kTile);
       for (int c = 0; c < columns_; c++) {
-        product(own, step, 0, c, s_[0]);
+        const int rows = std::min(kTile, rows_ - c * kTile);
+        tile_zero<0>();
+        for (int d = 0; d < wide_; d += kDepth) {
+          tile_load<4>(own + d, step * 2);
+          tile_load<6>(query(c) + d * kTile, 64);
+          tile_multiply<0, 4, 6>();
+        }
+        tile_store<0>(s_[0], 64);
         __m512i x[16];
-        for (int i = 0; i < kTile; i++) x[i] = load_line(s_[0] + i * kTile);
-        transpose(x);
-        for (int r = c * kTile; r < std::min(rows_, (c + 1) * kTile); r++)
-          store(out + r * stride + first, logit_((vf)_mm512_castsi512_ps(x[r - c * kTile])));
+        rows <= 4 ? first_four(s_[0], x) : all_rows(s_[0], x);
+        for (int r = 0; r < rows; r++)
+          store(out + (c * kTile + r) * stride + first, logit_((vf)_mm512_castsi512_ps(x[r])));
       }
     }
   }
@@ -201,14 +235,11 @@ class TileCore {
   struct Block {
     const bf16 *k, *v;
     const std::uint8_t* mask;
-    const std::int64_t* slots;  // of this block and, `left` in all, of later ones, if they are gathered
-    std::int64_t left;
-    int stride, count, padded, parity;
-    bool streams;  // the slots that come after these lie behind them in memory
+    int stride, count, padded;
   };
 
-  // Where dimension d is found in a row of out_.
-  static int place_of(int d) { return d / 32 * 32 + (d % 8 / 4) * 16 + d % 32 / 8 * 4 + d % 4; }
+  bf16* query(int column) const { return q_ + column * kTile * wide_; }
+  float* sums(int column, int tile) const { return out_ + (column * tiles_ + tile) * kTile * kTile; }
 
   const bf16* stage(const bf16* from, const std::int64_t* slots, int count, int padded, bf16* to) const {
     for (int t = 0; t < padded; t++) {
@@ -223,36 +254,105 @@ class TileCore {
   }
 
   // Inlined by force: GCC takes a function that only prefetches for one without effect.
-  [[gnu::always_inline]] void fetch(const bf16* rows, int count) const {
+  [[gnu::always_inline]] void fetch_rows(const bf16* rows, int count) const {
     for (int d = 0; d < count * dim_; d += kDepth)
       _mm_prefetch(reinterpret_cast<const char*>(rows + d), _MM_HINT_T0);
   }
 
-  [[gnu::always_inline]] void fetch_slot(std::int64_t slot) const {
-    fetch(all_k_ + slot * dim_, 1);
-    fetch(all_v_ + slot * dim_, 1);
+  // What comes after a block, fetched little by little while the block is computed: the next slots in memory, or those
+  // to be gathered two blocks later, since their places cannot be foreseen by the processor.
+  struct Fetch {
+    const TileCore& core;
+    const bf16 *k, *v;
+    const std::int64_t* slots;
+    std::int64_t at, end;
+    int calls, due = 0;
+
+    [[gnu::always_inline]] void one() {
+      const std::int64_t slot = slots ? slots[at] : at;
+      core.fetch_rows(k + slot * core.dim_, 1);
+      core.fetch_rows(v + slot * core.dim_, 1);
+      at++;
+    }
+
+    // Called `calls` times in a block.
+    [[gnu::always_inline]] void some() {
+      for (due += kTokens; due >= calls; due -= calls)
+        if (at < end) one();
+    }
+  };
+
+  Fetch fetch_after(const bf16* k, const bf16* v, const std::int64_t* slots, std::int64_t left) const {
+    const int pairs = (columns_ + 1) / 2, steps = kTokens / kDepth * wide_ / kDepth;
+    const std::int64_t ahead = slots ? 2 * kTokens : kTokens + kAhead;
+    return {*this, k, v, slots, ahead, std::min(left, ahead + kTokens), kTokens / 2 * (1 + columns_) + 4 * pairs * steps};
   }
 
-  // s [slot, row]: dot products of the 16 keys from `t` on with a column of rows.
-  void product(const bf16* k, int stride, int t, int column, float* s) const {
-    const bf16 *own = k + t * stride, *q = q_ + column * kTile * kDepth;
-    tile_zero<6>();
-    for (int d = 0; d < wide_; d += kDepth, q += columns_ * kTile * kDepth) {
-      tile_load<7>(own + d, stride * 2);
-      tile_load<5>(q, 64);
-      tile_multiply<6, 7, 5>();
+  // s_[i] [slot, row]: dot products of the keys with column `first` + i of the queries.
+  template <int C>
+  void dots(const Block& b, int first, Fetch& fetch) const {
+    const bf16 *q = query(first), *other = query(first + C - 1);
+    for (int t = 0; t < b.padded; t += kDepth) {
+      const bf16* k = b.k + t * b.stride;
+      tile_zero<0>();
+      tile_zero<1>();
+      if (C > 1) tile_zero<2>();
+      if (C > 1) tile_zero<3>();
+      for (int d = 0; d < wide_; d += kDepth) {
+        tile_load<4>(k + d, b.stride * 2);
+        tile_load<5>(k + kTile * b.stride + d, b.stride * 2);
+        tile_load<6>(q + d * kTile, 64);
+        if (C > 1) tile_load<7>(other + d * kTile, 64);
+        tile_multiply<0, 4, 6>();
+        tile_multiply<1, 5, 6>();
+        if (C > 1) tile_multiply<2, 4, 7>();
+        if (C > 1) tile_multiply<3, 5, 7>();
+        fetch.some(), fetch.some();
+      }
+      tile_store<0>(s_[0] + t * kTile, 64);
+      tile_store<1>(s_[0] + (t + kTile) * kTile, 64);
+      if (C > 1) tile_store<2>(s_[1] + t * kTile, 64);
+      if (C > 1) tile_store<3>(s_[1] + (t + kTile) * kTile, 64);
     }
-    tile_store<6>(s + t * kTile, 64);
   }
 
   // Values of two slots as rows of B tiles, two of these for each 32 slots and 32 dimensions.
   void interleave(const Block& b, int t) const {
     const bf16* from = b.v + t * b.stride;
-    bf16* to = v_[b.parity] + (t / kDepth * (wide_ / kTile) * kTile + t % kDepth / 2) * kDepth;
+    bf16* to = v_ + (t / kDepth * tiles_ * kTile + t % kDepth / 2) * kDepth;
     for (int d = 0; d < wide_; d += kDepth) {
       __m512i x = load_line(from + d), y = load_line(from + b.stride + d);
       _mm512_store_si512(to + d * kDepth, _mm512_unpacklo_epi16(x, y));
       _mm512_store_si512(to + (d + kTile) * kDepth, _mm512_unpackhi_epi16(x, y));
+    }
+  }
+
+  // C columns of rows, from column `first` on, take in a block.
+  template <int C>
+  void add_block(int first, const Block& b, Fetch& fetch) {
+    dots<C>(b, first, fetch);
+    for (int i = 0; i < C; i++) weigh(first + i, b, s_[i], p_[i], fetch);
+    for (int d = 0; d < tiles_; d += 2) {
+      tile_load<0>(sums(first, d), 64);
+      tile_load<1>(sums(first, d + 1), 64);
+      if (C > 1) tile_load<2>(sums(first + 1, d), 64);
+      if (C > 1) tile_load<3>(sums(first + 1, d + 1), 64);
+      for (int t = 0; t < b.padded; t += kDepth) {
+        const bf16* v = v_ + (t / kDepth * tiles_ + d) * kTile * kDepth;
+        tile_load<4>(p_[0] + t * kTile, 64);
+        tile_load<6>(v, 64);
+        tile_load<7>(v + kTile * kDepth, 64);
+        if (C > 1) tile_load<5>(p_[1] + t * kTile, 64);
+        tile_multiply<0, 4, 6>();
+        tile_multiply<1, 4, 7>();
+        if (C > 1) tile_multiply<2, 5, 6>();
+        if (C > 1) tile_multiply<3, 5, 7>();
+        fetch.some(), fetch.some();
+      }
+      tile_store<0>(sums(first, d), 64);
+      tile_store<1>(sums(first, d + 1), 64);
+      if (C > 1) tile_store<2>(sums(first + 1, d), 64);
+      if (C > 1) tile_store<3>(sums(first + 1, d + 1), 64);
     }
   }
 
@@ -269,17 +369,9 @@ class TileCore {
     }
   }
 
-  void weigh(const Block* next) {
-    for (int c = 0; c < columns_; c++) {
-      const bool more = c + 1 < columns_;
-      weigh(c, block_, more ? &block_ : next, more ? c + 1 : 0);
-    }
-  }
-
-  // An item's weights as A tiles, its rows' new maxima and totals, and their sums of values scaled to the new maxima.
-  void weigh(int column, const Block& b, const Block* next, int next_column) {
-    float *s = s_[items_ % 2], *next_s = s_[1 - items_ % 2];
-    bf16* p = p_[items_ % 2];
+  // A column's weights p as A tiles, from its dot products s; its rows' new maxima and totals; and the sums of values
+  // that it has, scaled to the new maxima.
+  void weigh(int column, const Block& b, float* s, bf16* p, Fetch& fetch) {
     if (b.mask || logit_.cap > 0) adjust(s, column, b);
     for (int t = b.count; t < b.padded; t++) _mm512_storeu_ps(s + t * kTile, _mm512_set1_ps(-kInfinity));
     const __m512 scale = _mm512_set1_ps(logit_.cap > 0 ? 1.0f : logit_.scale);
@@ -294,129 +386,42 @@ class TileCore {
     const __m512 base = _mm512_mask_mov_ps(best, none, _mm512_setzero_ps());
     const __m512 keep = fast_exp2(_mm512_sub_ps(old, base));
     _mm512_storeu_ps(top_ + column * kTile, best);
-    Weights w;
-    w.s = s, w.scale = scale, w.base = base, w.mass[0] = w.mass[1] = _mm512_setzero_ps();
-    if (last_.padded) load_sums(0);
-    for (int t = 0; t < kTokens; t += kDepth) {
-      const bool own = t < b.padded, values = t < last_.padded, keys = next && t < next->padded;
-      if (own) pairs<0>(w, b, column, t);
-      if (values) add<0>(t, 0);
-      if (keys) product(next->k, next->stride, t, next_column, next_s);
-      if (own) pairs<4>(w, b, column, t);
-      if (values) add<1>(t, 0);
-      if (own) pairs<8>(w, b, column, t);
-      if (values) add<2>(t, 0);
-      if (keys) product(next->k, next->stride, t + kTile, next_column, next_s);
-      if (own) pairs<12>(w, b, column, t);
-      if (values) add<3>(t, 0);
-      if (!own) continue;
-      transpose(w.pairs);
-      for (int i = 0; i < 16; i++) _mm512_store_si512(p + (t / 2 + i) * kDepth, w.pairs[i]);
-    }
-    if (last_.padded) {
-      store_sums(0);
-      for (int d = 4; d < wide_ / kTile; d += 4) add_values(d);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512 mass[2] = {};
+    for (int t = 0; t < b.padded; t += kDepth) {
+      __m512i pairs[16];
+      for (int i = 0; i < 16; i++) {
+        const float* at = s + (t + 2 * i) * kTile;
+        __m512 x = fast_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at), scale, base));
+        __m512 y = fast_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at + kTile), scale, base));
+        mass[0] = _mm512_add_ps(mass[0], x), mass[1] = _mm512_add_ps(mass[1], y);
+        pairs[i] = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+        fetch.some();
+      }
+      transpose(pairs);
+      for (int i = 0; i < 16; i++) _mm512_store_si512(p + (t / 2 + i) * kDepth, pairs[i]);
     }
     float* total = total_ + column * kTile;
-    __m512 sums = _mm512_add_ps(w.mass[0], w.mass[1]);
-    _mm512_storeu_ps(total, _mm512_fmadd_ps(_mm512_loadu_ps(total), keep, sums));
+    _mm512_storeu_ps(total, _mm512_fmadd_ps(_mm512_loadu_ps(total), keep, _mm512_add_ps(mass[0], mass[1])));
     // Maxima seldom move after the first slots.
     if (_mm512_cmp_ps_mask(keep, _mm512_set1_ps(1.0f), _CMP_NEQ_OQ)) {
       alignas(64) float kept[kTile];
       _mm512_store_ps(kept, keep);
-      for (int r = 0; r < kTile; r++) {
-        float* sum = out_ + (column * kTile + r) * wide_;
-        for (int d = 0; d < wide_; d += 16)
-          _mm512_storeu_ps(sum + d, _mm512_mul_ps(_mm512_loadu_ps(sum + d), _mm512_set1_ps(kept[r])));
-      }
+      for (int d = 0; d < tiles_; d++)
+        for (int r = 0; r < kTile; r++) {
+          float* sum = sums(column, d) + r * kTile;
+          _mm512_storeu_ps(sum, _mm512_mul_ps(_mm512_loadu_ps(sum), _mm512_set1_ps(kept[r])));
+        }
     }
-    last_ = {column, b.padded, v_[b.parity], p};
-    items_++;
-  }
-
-  struct Weights {
-    const float* s;
-    __m512 scale, base, mass[2];
-    __m512i pairs[16];
-  };
-
-  // Weights of four pairs of slots, from pair `First` of the 32 slots at `t` on.
-  template <int First>
-  void pairs(Weights& w, const Block& b, int column, int t) const {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    for (int i = First; i < First + 4; i++) {
-      const float* at = w.s + (t + 2 * i) * kTile;
-      __m512 x = fast_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at), w.scale, w.base));
-      __m512 y = fast_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at + kTile), w.scale, w.base));
-      w.mass[0] = _mm512_add_ps(w.mass[0], x), w.mass[1] = _mm512_add_ps(w.mass[1], y);
-      w.pairs[i] = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(y, x));
-      if (column > 0) continue;
-      interleave(b, t + 2 * i);
-      if (b.streams) {
-        fetch(b.v + (t + 2 * i + kAhead) * dim_, 2);
-        fetch(b.k + (t + 2 * i + kTokens + kAhead) * dim_, 2);
-      } else if (b.slots) {
-        // Blocks are gathered one ahead, so two ahead they are fetched.
-        for (std::int64_t later = t + 2 * i + 2 * kTokens; later < t + 2 * i + 2 * kTokens + 2; later++)
-          if (later < b.left) fetch_slot(b.slots[later]);
-      }
-    }
-  }
-
-  // Tiles 0 to 3: the last item's sums of values in the 64 dimensions from tile `d` on.
-  void load_sums(int d) const {
-    const float* out = out_ + last_.column * kTile * wide_ + d * kTile;
-    const int tiles = wide_ / kTile - d;
-    tile_load<0>(out, wide_ * 4);
-    if (tiles > 1) tile_load<1>(out + kTile, wide_ * 4);
-    if (tiles > 2) tile_load<2>(out + 2 * kTile, wide_ * 4);
-    if (tiles > 3) tile_load<3>(out + 3 * kTile, wide_ * 4);
-  }
-
-  void store_sums(int d) {
-    float* out = out_ + last_.column * kTile * wide_ + d * kTile;
-    const int tiles = wide_ / kTile - d;
-    tile_store<0>(out, wide_ * 4);
-    if (tiles > 1) tile_store<1>(out + kTile, wide_ * 4);
-    if (tiles > 2) tile_store<2>(out + 2 * kTile, wide_ * 4);
-    if (tiles > 3) tile_store<3>(out + 3 * kTile, wide_ * 4);
-  }
-
-  // Tile J += the last item's weights times values, of 32 slots in 16 dimensions; `d` is the first of four tiles.
-  template <int J>
-  void add(int t, int d) const {
-    const int tiles = wide_ / kTile;
-    if (d + J >= tiles) return;
-    if (J == 0) tile_load<4>(last_.p + t * kTile, 64);
-    tile_load<5>(last_.v + (t / kDepth * tiles + d + J) * kTile * kDepth, 64);
-    tile_multiply<J, 4, 5>();
-  }
-
-  void add_values(int d) {
-    load_sums(d);
-    for (int t = 0; t < last_.padded; t += kDepth) {
-      add<0>(t, d);
-      add<1>(t, d);
-      add<2>(t, d);
-      add<3>(t, d);
-    }
-    store_sums(d);
   }
 
   static constexpr int kAhead = 16;  // slots between what is read in memory's order and what is fetched meanwhile
 
-  struct Item {
-    int column, padded;  // padded 0: there is none
-    const bf16 *v, *p;
-  };
-
-  int dim_, wide_, rows_ = 0, columns_ = 0, blocks_ = 0, items_ = 0;
+  int dim_, wide_, tiles_, rows_ = 0, columns_ = 0;  // tiles_ of 16 dimensions
+  bool fresh_ = true;  // no slots were given yet
   Logit logit_;
-  Block block_{};  // given, and not weighed yet
-  Item last_{};    // weighed, but its values are not added yet
-  const bf16 *all_k_ = nullptr, *all_v_ = nullptr;  // what slots are gathered from
-  bf16 *q_, *staged_k_[2], *staged_v_[2], *v_[2], *p_[2];
+  bf16 *q_, *staged_k_, *staged_v_, *v_, *p_[2];
   float *out_, *s_[2], *top_, *total_;
 };
 
