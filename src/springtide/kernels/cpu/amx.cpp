@@ -284,7 +284,7 @@ class TileCore {
 
   Fetch fetch_after(const bf16* k, const bf16* v, const std::int64_t* slots, std::int64_t left) const {
     const int pairs = (columns_ + 1) / 2, steps = kTokens / kDepth * wide_ / kDepth;
-    const std::int64_t ahead = slots ? 2 * kTokens : kTokens + kAhead;
+    const std::int64_t ahead = slots ? 2 * kTokens : kTokens;
     return {*this, k, v, slots, ahead, std::min(left, ahead + kTokens), kTokens / 2 * (1 + columns_) + 4 * pairs * steps};
   }
 
@@ -415,8 +415,6 @@ class TileCore {
         }
     }
   }
-
-  static constexpr int kAhead = 16;  // slots between what is read in memory's order and what is fetched meanwhile
 
   int dim_, wide_, tiles_, rows_ = 0, columns_ = 0;  // tiles_ of 16 dimensions
   bool fresh_ = true;  // no slots were given yet
