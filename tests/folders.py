@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from springtide.drafting.medusa import Heads, Medusa
+from springtide.engine.stack import Stack
 from springtide.training.data import Corpus
 from springtide.training.data import train_tokenizer as train
 from tiny import tiny
@@ -56,3 +61,18 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
     path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def save_drafter(folder: Path, model: Path, adapter: bool = False) -> Path:
+    """Save fresh Medusa heads for a model folder; with an adapter, they are Medusa-2's."""
+    target = AutoModelForCausalLM.from_pretrained(model)
+    stack = Stack(target)
+    heads = Heads.fresh(3, 1, stack.spec.hidden_size)
+    Medusa(heads, stack.spec.vocab_size, base=stack.fingerprint).save(folder)
+    if adapter:
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = get_peft_model(target, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        adapted.save_pretrained(folder / "adapter")
+    return folder

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,9 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import springtide
-from folders import BOOK, save_model, tokenizer
+from folders import BOOK, save_drafter, save_model, tokenizer
 from springtide import cli
+from springtide.drafting.drafter import Drafter
+from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
+from springtide.engine.text import Detokenizer
 
 PROMPT = "The ship left the harbour"
 FIELDS = {
@@ -31,6 +35,10 @@ FIELDS = {
     "ttft_ms": float,
     "tpot_ms": float,
     "kv_bytes_per_token": float,
+    "passes": int,
+    "drafted_tokens": int,
+    "accepted_tokens": int,
+    "acceptance_length": float,
 }
 
 
@@ -316,6 +324,163 @@ def test_chat_input_that_is_not_utf8(run, folder):
     run("chat", "--model", folder, stdin=b"\xff\xfe\n").refused("Standard input is not UTF-8")
 
 
+# -- drafts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drafter(folder, tmp_path_factory) -> Path:
+    return save_drafter(tmp_path_factory.mktemp("drafter"), folder)
+
+
+@pytest.mark.parametrize("name", ["lookup", "folder"])
+def test_a_drafter_leaves_the_text_as_it_is(run, folder, expected, drafter, name, tmp_path):
+    draft = drafter if name == "folder" else name
+    base = ["generate", PROMPT, "--model", folder, "--max-tokens", 12, "--draft", draft]
+    result = run(*base, "--stats", "--json", tmp_path / "out.json")
+    assert (result.code, result.out) == (0, expected.text + "\n")
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["token_ids"] == expected.token_ids
+    assert content["acceptance_length"] == pytest.approx(11 / content["passes"])
+    for part in (
+        f"{content['passes']} passes",
+        f"{content['drafted_tokens']} tokens drafted",
+        f"{content['accepted_tokens']} accepted",
+        f"acceptance length {content['acceptance_length']:.2f}",
+    ):
+        assert part in result.err
+
+
+class Foresight(Drafter):
+    """Drafts what it knows will come, three tokens at a time."""
+
+    name = "foresight"
+
+    def __init__(self, truth: list[int]) -> None:
+        self.truth = truth
+
+    def propose(self, state, tokens):
+        chain = [tokens[-1], *self.truth[len(tokens) : len(tokens) + 3]]
+        return TokenTree(chain, list(range(-1, len(chain) - 1)))
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_drafted_text_is_green_on_a_terminal(run, folder, expected, monkeypatch, stop):
+    truth = [*tokenizer().encode(PROMPT), *expected.token_ids]
+    load = springtide.loading.load
+    monkeypatch.setattr(
+        "springtide.loading.load", lambda *args, **options: load(*args, **{**options, "draft": Foresight(truth)})
+    )
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    arguments = ["generate", PROMPT, "--model", folder, "--max-tokens", 12, "--draft", "lookup"]
+    text = expected.text
+    if stop:
+        arguments += ["--stop", text[-3:-1]]
+        text = text[: text.index(text[-3:-1])]
+    assert run(*arguments, "--stats").out == text + "\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert run(*arguments).out == text + "\n"
+    shown = run(*arguments, "--stats").out
+    assert re.sub(COLOUR, "", shown) == text + "\n"
+    # The first token came with the prompt, and each pass ends with one that was not drafted.
+    words, wanted = Detokenizer(tokenizer(), (arguments[-1],) if stop else ()), []
+    for token, drafted in zip(expected.token_ids, [0, 1, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0], strict=True):
+        wanted += [(letter, bool(drafted)) for letter in words.add([token])]
+    assert colours(shown)[:-1] == [*wanted, *((letter, False) for letter in words.finish())][: len(text)]
+    assert {green for _, green in wanted} == {True, False}
+
+
+COLOUR = re.compile(r"\x1b\[([0-9;]*)m")
+
+
+def colours(shown: str) -> list[tuple[str, bool]]:
+    """The characters, and whether each is green; between lines the colour is given anew."""
+    found, green, at = [], False, 0
+    for mark in COLOUR.finditer(shown):
+        found += [(letter, green) for letter in shown[at : mark.start()]]
+        green, at = mark[1] == "32", mark.end()
+    return [*found, *((letter, green) for letter in shown[at:])]
+
+
+def test_typical_acceptance(run, folder, drafter):
+    base = ["generate", PROMPT, "--model", folder, "--max-tokens", 12, "--draft", drafter, "--accept", "typical"]
+    run(*base).refused("typical acceptance needs a temperature above 0")
+    results = [run(*base, "--temperature", 0.8) for _ in range(2)]
+    assert results[0].code == 0 and results[0].out == results[1].out
+    text = (
+        springtide.load(folder, draft=drafter).generate(PROMPT, max_tokens=12, temperature=0.8, accept="typical").text
+    )
+    assert results[0].out == text + "\n"
+
+
+def test_chat_with_a_drafter(run, folder, drafter):
+    plain = run("chat", "--model", folder, "--max-tokens", 5, stdin="Who is it?\nAnd why?\n")
+    drafted = run("chat", "--model", folder, "--max-tokens", 5, "--draft", drafter, stdin="Who is it?\nAnd why?\n")
+    assert (drafted.code, drafted.out) == (0, plain.out)
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        ("nosuch", "There is no drafter 'nosuch': choose lookup, medusa, medusa2, hidden-transfer, or give"),
+        ("medusa", "There is no drafter 'medusa' beside this model"),
+    ],
+)
+def test_drafters_that_are_not_there(run, folder, draft, message):
+    for verb in (["generate", "Hi"], ["chat"], ["eval", "drafts"]):
+        run(*verb, "--model", folder, "--draft", draft, stdin="").refused(message)
+
+
+def test_eval_drafts(run, folder, drafter, book, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text(BOOK[:9000])
+    (texts / "b.txt").write_text(BOOK[9000:])
+    base = ["eval", "drafts", "--model", folder, "--length", "300,320", "--max-tokens", 6]
+    result = run(
+        *(*base, "--text", texts, "--draft", f"lookup,{drafter}", "--prompts", 3, "--recall", 2),
+        *("--temperature", "0,0.8", "--policy", "dense,streaming", "--budget", 64),
+        *("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png"),
+    )
+    assert (result.code, result.err) == (0, "")
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert all(list(row) == DRAFTS for row in rows)
+    cells = [(row["text"], row["temperature"], row["policy"], row["draft"], row["prompts"]) for row in rows]
+    assert cells == [
+        (text, temperature, policy, draft, count)
+        for text, count in (("book", 3), ("recall", 2))
+        for temperature in (0.0, 0.8)
+        for policy in ("dense", "streaming")
+        for draft in ("lookup", str(drafter))
+    ]
+    assert all(row["outputs_equal"] == 1.0 and row["prompts_that_differ"] == 0 for row in rows)
+    assert "3/3" in result.out and "2/2" in result.out
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    alone = run(*base, "--text", book, "--prompts", 2, "--adaptive")
+    assert (alone.code, alone.err) == (0, "")
+    assert "2/2" in alone.out
+
+
+DRAFTS = [
+    *("draft", "policy", "budget", "temperature", "text", "prompts", "acceptance_length", "acceptance_by_position"),
+    *("passes_per_token", "ms_per_token", "undrafted_ms_per_token", "speedup", "outputs_equal", "prompts_that_differ"),
+    *("perplexity", "base_perplexity"),
+]
+
+
+def test_eval_drafts_of_one_that_changes_the_model(run, folder, book, tmp_path):
+    adapted = save_drafter(tmp_path / "adapted", folder, adapter=True)
+    result = run(
+        *("eval", "drafts", "--model", folder, "--text", book, "--draft", f"lookup,{adapted}", "--prompts", 2),
+        *("--length", 64, "--max-tokens", 6, "--json", tmp_path / "out.json"),
+    )
+    assert (result.code, result.err) == (0, "")
+    same, changed = json.loads((tmp_path / "out.json").read_text())
+    assert same["perplexity"] == same["base_perplexity"] == changed["base_perplexity"] != changed["perplexity"]
+    assert same["outputs_equal"] == changed["outputs_equal"] == 1.0
+    assert f"{changed['perplexity']:.2f} ({same['perplexity']:.2f})" in result.out
+
+
 # -- calibrate -----------------------------------------------------------------------------------------------------
 
 
@@ -496,6 +661,17 @@ def test_the_bundled_model_is_the_default(run, tmp_path):
         (["eval", "ppl", "--text", "nosuch.txt"], "'nosuch.txt' cannot be read"),
         (["eval", "recall", "--plot", "no/such/folder/out.png"], "there is no folder 'no/such/folder'"),
         (["demo", "--json", "no/such/folder/out.json"], "there is no folder 'no/such/folder'"),
+        (["generate", "Hi", "--accept", "typical"], "typical acceptance needs a temperature above 0"),
+        (["chat", "--accept", "typical"], "typical acceptance needs a temperature above 0"),
+        (["eval", "drafts", "--draft", ","], "--draft names no drafter"),
+        (["eval", "drafts", "--draft", "nosuch"], "There is no drafter 'nosuch'"),
+        (["eval", "drafts", "--temperature", "warm"], "--temperature is 'warm', but it must be numbers joined by"),
+        (["eval", "drafts", "--temperature", "0,-1"], "--temperature must be 0 (greedy) or more"),
+        (["eval", "drafts", "--temperature", "nan"], "--temperature must be 0 (greedy) or more"),
+        (["eval", "drafts", "--length", "0"], "--length must be at least 1, not 0"),
+        (["eval", "drafts", "--text", "nosuch.txt"], "'nosuch.txt' cannot be read"),
+        (["eval", "drafts", "--text", "."], "'.' holds no .txt file"),
+        (["eval", "drafts", "--plot", "no/such/folder/out.png"], "there is no folder 'no/such/folder'"),
     ],
 )
 def test_mistakes_are_found_before_a_model_is_loaded(run, arguments, message, tmp_path, monkeypatch):
@@ -529,6 +705,9 @@ def test_text_that_is_not_utf8(run, tmp_path):
         ["eval", "needle", "--trials", "0"],
         ["eval", "ppl", "--windows", "0"],
         ["eval", "ppl", "--length", "long"],
+        ["eval", "drafts", "--prompts", "0"],
+        ["eval", "drafts", "--max-tokens", "1"],
+        ["generate", "Hi", "--accept", "mostly"],
         ["train", "pocket"],
         ["nosuch"],
     ],

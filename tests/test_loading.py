@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import springtide
-from folders import VOCAB, edit_json, save_model, tokenizer
+from folders import VOCAB, edit_json, save_drafter, save_model, tokenizer
 from springtide import SpringtideError
 from springtide.attention import Tidal
 from springtide.drafting.drafter import Drafter
+from springtide.drafting.medusa import Medusa
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
 from tiny import random_tokens, tiny
@@ -247,6 +251,151 @@ def test_a_loaded_model_of_an_unsupported_architecture():
         springtide.load(model)
 
 
+# -- drafters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drafter(folder, tmp_path_factory) -> Path:
+    return save_drafter(tmp_path_factory.mktemp("drafter"), folder)
+
+
+@pytest.fixture(scope="module")
+def adapted(folder, tmp_path_factory) -> Path:
+    return save_drafter(tmp_path_factory.mktemp("adapted"), folder, adapter=True)
+
+
+def test_drafters_by_folder_and_as_objects_leave_the_output_as_it_is(folder, engine, drafter):
+    expected = engine.generate(PROMPT, max_tokens=24).token_ids
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for target in (folder, model):
+        for draft in (drafter, str(drafter), Medusa.load(drafter)):
+            drafted = springtide.load(target, tokenizer(), draft=draft)
+            assert drafted.drafter.name == "medusa"
+            output = drafted.generate(PROMPT, max_tokens=24)
+            assert output.token_ids == expected
+            assert output.stats.drafted_tokens > 0
+
+
+def test_drafters_by_name(folder, fresh, engine, drafter):
+    expected = engine.generate(PROMPT, max_tokens=24).token_ids
+    shutil.copytree(drafter, fresh / "drafters" / "medusa")
+    for draft in ("lookup", "medusa"):
+        for target in (fresh, AutoModelForCausalLM.from_pretrained(fresh)):
+            drafted = springtide.load(target, tokenizer(), draft=draft)
+            assert drafted.drafter.name == draft
+            assert drafted.generate(PROMPT, max_tokens=24).token_ids == expected
+
+
+def test_the_tree_is_chosen_by_what_rows_cost(folder, drafter, monkeypatch):
+    sizes = {}
+    for name, cost in {"free": lambda rows: 1.0, "dear": lambda rows: 10.0**rows}.items():
+        monkeypatch.setattr("springtide.loading.cost_of_rows", lambda stack, policy, cost=cost: cost)
+        sizes[name] = len(springtide.load(folder, draft=drafter).drafter.shape.parents)
+    assert sizes["free"] > 16 and sizes["dear"] == 1
+    kept = Engine(springtide.load(folder).stack.model, drafter=Medusa.load(drafter))
+    assert len(kept.drafter.shape.parents) == 16
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_is_merged_into_the_loaded_weights(folder, adapted, dtype):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([tokenizer().encode(PROMPT)])
+    with torch.no_grad():
+        before = model(ids).logits
+        expected = PeftModel.from_pretrained(model, str(adapted / "adapter"))(ids).logits
+        engine = springtide.load(folder, draft=adapted, dtype=dtype)
+        got = engine.stack.model(ids).logits
+    assert type(engine.stack.model) is type(AutoModelForCausalLM.from_pretrained(folder))
+    if dtype == "float32":
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert (got - expected).abs().mean() < 0.1 * (before - expected).abs().mean()
+    assert engine.drafter.name == "medusa"
+    assert engine.stack.fused == [None] * 4 or all(engine.stack.fused)
+    plain = engine.drafting(Drafter())
+    assert engine.generate(PROMPT, max_tokens=12).token_ids == plain.generate(PROMPT, max_tokens=12).token_ids
+
+
+def test_a_loaded_model_is_not_changed_by_an_adapter(folder, adapted):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(SpringtideError, match=r"adapter, which would change your model; .*the model's folder"):
+        springtide.load(model, draft=adapted)
+
+
+def lose_adapters(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "adapter" / name).unlink()
+
+
+def of_another_model(folder: Path) -> None:
+    save_drafter(folder, save_model(folder.parent / "other", hidden_size=64), adapter=True)
+
+
+def deeper(folder: Path) -> None:
+    """The adapter lacks what a deeper model needs."""
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(weights).items() if ".layers.3." not in name}
+    save_file(tensors, weights)
+
+
+def spoil(folder: Path) -> None:
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, weights)
+
+
+UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json, so it is not a drafter's"),
+    "config is no JSON": (write("config.json", "{"), r"config\.json' is broken"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "holds no model.safetensors"),
+    "unknown kind": (
+        lambda folder: edit_json(folder / "config.json", lambda config: config.update(drafter="oracle")),
+        "holds a drafter 'oracle', which this version does not know",
+    ),
+    "another model's": (
+        lambda folder: edit_json(folder / "config.json", lambda config: config.update(base="0" * 16)),
+        "trained for another model",
+    ),
+    "no adapter config": (lose_adapters("adapter_config.json"), "lacks adapter_config.json"),
+    "no adapter weights": (lose_adapters("adapter_model.safetensors"), "lacks adapter_model.safetensors"),
+    "broken adapter config": (write("adapter/adapter_config.json", "{"), "adapter' cannot be used"),
+    "broken adapter weights": (write("adapter/adapter_model.safetensors", "x"), "adapter' cannot be used"),
+    "another model's adapter": (of_another_model, "adapter' cannot be used"),
+    "adapter of fewer layers": (deeper, "adapter' cannot be used"),
+    "adapter with NaN": (spoil, "holds NaN"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_drafter_that_is_broken_or_does_not_fit(folder, adapted, tmp_path, case, capfd):
+    damage, message = UNFIT[case]
+    shutil.copytree(adapted, tmp_path / "drafter")
+    damage(tmp_path / "drafter")
+    with pytest.raises(SpringtideError, match=message) as caught:
+        springtide.load(folder, draft=tmp_path / "drafter")
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nosuch", "", "some/drafter"])
+def test_no_such_drafter(folder, name):
+    with pytest.raises(SpringtideError, match=f"no drafter '{name}': choose lookup, .*, hidden-transfer, or give"):
+        springtide.load(folder, draft=name)
+
+
+@pytest.mark.parametrize("name", ["medusa", "medusa2", "hidden-transfer"])
+def test_a_model_without_drafters(folder, name):
+    for target in (folder, AutoModelForCausalLM.from_pretrained(folder), tiny("qwen3")):
+        with pytest.raises(SpringtideError, match=f"no drafter '{name}' beside this model .*springtide train"):
+            springtide.load(target, draft=name)
+
+
+def test_an_adapter_needs_peft(folder, adapted, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SpringtideError, match=r"needs the package peft; run pip install 'springtide\[train\]'"):
+        springtide.load(folder, draft=adapted)
+
+
 # -- the engine ----------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +457,25 @@ def test_tokens_drafted_beyond_a_stop_string_are_dropped(engine):
         expected, output = engine.generate(ids, **options), drafted.generate(ids, **options)
         assert (output.text, output.token_ids) == (expected.text, expected.token_ids)
         assert output.finish_reason == expected.finish_reason == "stop"
+
+
+def test_sequences_know_which_of_their_tokens_were_drafted(engine):
+    ids = engine.encode(PROMPT)
+    whole = engine.generate(ids, max_tokens=20)
+    drafted = Engine(engine.stack.model, tokenizer(), drafter=Foresight([*ids, *whole.token_ids]))
+    sequence = drafted.start(ids, springtide.Sampling(max_tokens=20))
+    list(drafted.run([sequence]))
+    # The first token comes with the prompt; a pass gives six drafted ones and one more.
+    assert sequence.from_draft == [False, *[*[True] * 6, False] * 2, *[True] * 4, False]
+    stats = sequence.stats()
+    assert (stats.passes, stats.accepted_tokens) == (3, sum(sequence.from_draft))
+    assert stats.acceptance_length == pytest.approx(19 / 3)
+    other = sequence.fork()
+    other.from_draft.append(True)
+    assert len(sequence.from_draft) == 20
+    cut = drafted.start(ids, springtide.Sampling(max_tokens=20, stop=(whole.text[4:6],)))
+    list(drafted.run([cut]))
+    assert cut.from_draft == sequence.from_draft[: len(cut.output)] and len(cut.output) < 20
 
 
 def test_end_of_sequence_ends_the_output(folder):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import math
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -18,13 +21,19 @@ if TYPE_CHECKING:
     from springtide.attention.policy import Policy
     from springtide.benchmarks.peers import Peer
     from springtide.engine.engine import Engine
+    from springtide.engine.stack import Stack
+    from springtide.training.trainer import Objective
 
 T = TypeVar("T")
+
+EXCERPT = Path(__file__).parent / "data" / "excerpt.txt"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 train_app = typer.Typer(no_args_is_help=True, help="Train models and drafters.")
 eval_app = typer.Typer(no_args_is_help=True, help="Measure quality.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed.")
+convert_app = typer.Typer(no_args_is_help=True, help="Convert drafters from and to other projects' layouts.")
+sweep_app = typer.Typer(no_args_is_help=True, help="Find good settings for a drafter, before training it.")
 
 
 def _version(wanted: bool) -> None:
@@ -47,6 +56,8 @@ def common(
 app.add_typer(train_app, name="train")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+app.add_typer(convert_app, name="convert")
+app.add_typer(sweep_app, name="sweep")
 
 Model = Annotated[str, typer.Option(help="Model folder, or 'pocket' for the bundled model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")]
@@ -85,6 +96,18 @@ MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the m
 Penalty = Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")]
+HeadCount = Annotated[int, typer.Option("--heads", min=1, max=8, help="Heads, that is tokens to guess ahead.")]
+FullHeads = Annotated[
+    bool, typer.Option("--full/--shared", help="An LM head for each head, or the model's own for all (smaller).")
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(help="Drafter: lookup, medusa, medusa2, hidden-transfer (which pocket has), or a drafter's folder."),
+]
+Accept = Annotated[
+    Literal["exact", "typical"],
+    typer.Option(help="exact: the text is as without a drafter; typical: keeps more drafted tokens, but is lossy."),
+]
 
 
 @app.command()
@@ -103,7 +126,14 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     stop: Stop = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Print timing and cache traffic to standard error.")] = False,
+    draft: Draft = None,
+    accept: Accept = "exact",
+    stats: Annotated[
+        bool,
+        typer.Option(
+            "--stats", help="Print timing and traffic to standard error; on a terminal drafted text is green."
+        ),
+    ] = False,
     json_file: Json = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -113,15 +143,17 @@ def generate(
     from springtide.evaluation.report import check_target, write_json
 
     check_target(json_file)
-    sampling = Sampling(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ()))
+    sampling = Sampling(
+        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ()), accept=accept
+    )
     chosen = _policy(policy, budget)
     text = _prompt(prompt, prompt_file)
-    engine = _load(model, device, dtype).using(chosen)
+    engine = _load(model, device, dtype, policy=chosen, draft=draft)
     tokens = engine.render([{"role": "user", "content": text}]) if chat else engine.encode(text)
     sequence = engine.start(tokens, sampling)
     interrupted = False
     try:
-        _print_pieces(engine, sequence)
+        _print_pieces(engine, sequence, coloured=stats)
     except KeyboardInterrupt:
         interrupted = True
     print(flush=True)
@@ -144,18 +176,20 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    draft: Draft = None,
+    accept: Accept = "exact",
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Talk with the model; the cache is kept between turns. /reset starts anew, /exit or Ctrl-D ends."""
     from springtide.engine.sampling import Sampling
 
-    sampling = Sampling(max_tokens, temperature, top_p, seed=seed)
+    sampling = Sampling(max_tokens, temperature, top_p, seed=seed, accept=accept)
     chosen = _policy(policy, budget)
     if system and system.startswith("@"):
         system = _read(Path(system[1:]))
     opening = [{"role": "system", "content": system}] if system else []
-    engine = _load(model, device, dtype).using(chosen)
+    engine = _load(model, device, dtype, policy=chosen, draft=draft)
     engine.render([*opening, {"role": "user", "content": "Hello"}])  # does the model chat at all?
     messages, sequence = list(opening), None
     while (line := _ask_user()) not in (None, "/exit"):
@@ -253,11 +287,215 @@ def train_pocket(
     from springtide.training import pocket
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with _resumable(out / "checkpoint.pt"):
         pocket.train_pocket(corpus, out, minutes=minutes, hold_out=hold_out or pocket.HOLD_OUT, seed=seed)
-    except KeyboardInterrupt:
-        print(f"\nStopped; the same command goes on from {out / 'checkpoint.pt'}.", file=sys.stderr)
-        raise typer.Exit(130) from None
+
+
+@convert_app.command("medusa")
+def convert_medusa(
+    source: Annotated[Path, typer.Option("--from", help="Folder with the heads, in any of the layouts.")],
+    target: Annotated[Path, typer.Option("--to", help="Folder for the result.")],
+    layout: Annotated[Literal["original", "vllm", "springtide"], typer.Option("--format", help="Layout to write.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="The heads' model folder: checked, named in the result, and its LM head stored if need be."),
+    ] = None,
+) -> None:
+    """Read Medusa heads in the original project's, vLLM's or Springtide's layout and write them in another."""
+    from dataclasses import replace
+
+    from springtide.drafting import ADAPTER
+    from springtide.drafting.folder import CONFIG
+    from springtide.drafting.medusa import Medusa
+
+    if (target / CONFIG).exists():
+        raise SpringtideError(f"'{target}' holds a {CONFIG} already; choose another folder for --to.")
+    drafter = Medusa.load(source)
+    if model is not None:
+        drafter = replace(drafter.resolve(_load(model, "cpu", None).stack), base_model=model)
+    drafter.save(target, layout)
+    if (source / ADAPTER).is_dir():
+        warnings.warn(f"these heads are for the model with '{source / ADAPTER}' merged into it", stacklevel=1)
+
+
+@dataclass(frozen=True)
+class Training:
+    """The options of every drafter's training."""
+
+    out: Annotated[Path, typer.Option(help="Folder for the drafter, its checkpoint, log and curves.")]
+    model: Model = "pocket"
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Text file, folder of .txt files, .jsonl file with tokens, text or messages in a line, or 'self': "
+            "what the model itself writes."
+        ),
+    ] = "self"
+    text: Annotated[
+        Path | None, typer.Option(help="What 'self' begins with: a file or folder (default: the bundled excerpt).")
+    ] = None
+    prompts: Annotated[int, typer.Option(min=1, help="Texts that 'self' writes.")] = 512
+    hold_out: Annotated[
+        list[str] | None, typer.Option(help="File name in the folder, for calibration only; may be repeated.")
+    ] = None
+    steps: Annotated[int, typer.Option(min=1, help="Steps of optimization.")] = 1000
+    batch: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 8
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 256
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate (default: the method's).")] = None
+    seed: Annotated[int, typer.Option(help="Seed of the order of the data, and of what the model writes.")] = 0
+    json_file: Json = None
+    device: Device = None
+    dtype: Dtype = None
+
+
+def _trains(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb whose first parameter, a :class:`Training`, becomes options beside those of the parameters after it."""
+    shared = inspect.signature(Training, eval_str=True).parameters
+    own = list(inspect.signature(verb, eval_str=True).parameters.values())[1:]
+
+    def command(**given: Any) -> None:
+        verb(Training(**{name: given.pop(name) for name in shared}), **given)
+
+    options = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in [*shared.values(), *own]]
+    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    command.__annotations__ = {option.name: option.annotation for option in options}
+    command.__doc__ = verb.__doc__
+    return command
+
+
+@train_app.command("medusa")
+@_trains
+def train_medusa(training: Training, heads: HeadCount = 3, full: FullHeads = True) -> None:
+    """Train Medusa heads beside the frozen model; the same command goes on where an earlier one stopped."""
+    from springtide.training.medusa import MedusaObjective
+
+    kind: Literal["full", "shared"] = "full" if full else "shared"
+    _train(training, lambda target: MedusaObjective(target, heads, lm_head=kind), heads=heads, full=full)
+
+
+@train_app.command("medusa2")
+@_trains
+def train_medusa2(
+    training: Training,
+    heads: HeadCount = 3,
+    full: FullHeads = True,
+    distilled: Annotated[
+        bool, typer.Option("--distilled", help="The model wrote the data, and is to write as before ('self': always).")
+    ] = False,
+) -> None:
+    """Train Medusa heads, then heads and model, which gets a LoRA adapter; goes on where an earlier one stopped."""
+    from springtide.training.medusa import Medusa2Objective
+
+    kind: Literal["full", "shared"] = "full" if full else "shared"
+    kept = distilled or training.data == "self"
+    _train(
+        training,
+        lambda target: Medusa2Objective(target, training.steps, heads, lm_head=kind, distilled=kept),
+        heads=heads,
+        full=full,
+        distilled=kept,
+    )
+
+
+@train_app.command("hidden-transfer")
+@_trains
+def train_hidden_transfer(
+    training: Training,
+    steps_ahead: Annotated[int, typer.Option(min=1, max=8, help="Tokens to guess ahead.")] = 3,
+    layers: Annotated[
+        str | None, typer.Option(help="Each step's transfer layer, as 6+8+10 (default: spread over the upper half).")
+    ] = None,
+) -> None:
+    """Train maps between hidden states of the frozen model; goes on where an earlier command stopped."""
+    from springtide.training.hidden_transfer import HiddenTransferObjective
+
+    _train(
+        training,
+        lambda target: HiddenTransferObjective(target, _transfers(layers, steps_ahead, target.spec.num_layers)),
+        layers=layers,
+        steps_ahead=steps_ahead,
+    )
+
+
+@sweep_app.command("hidden-transfer")
+def sweep_hidden_transfer(
+    data: Annotated[Path, typer.Option(help="What to train on: as for train; best what the model wrote (distill).")],
+    held: Annotated[Path | None, typer.Option(help="What to measure on (default: some of the data, held out).")] = None,
+    model: Model = "pocket",
+    layers: Annotated[str | None, typer.Option(help="Comma list of layers (default: eight at most, evenly).")] = None,
+    steps_ahead: Annotated[int, typer.Option(min=1, max=8, help="Tokens to guess ahead.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of optimization.")] = 150,
+    batch: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
+    json_file: Json = None,
+    plot: Plot = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Train Hidden Transfer briefly at each of some layers and measure how often its guesses are right."""
+    from springtide.evaluation.report import check_target, plot_lines, print_table, write_json
+    from springtide.training.hidden_transfer import sweep
+    from springtide.training.windows import training_windows
+
+    check_target(json_file, plot)
+    engine = _load(model, device, dtype)
+    spec = engine.stack.spec
+    last = spec.num_layers - 1
+    places = sorted(_numbers(layers, "--layers") if layers else range(last, 0, -math.ceil(last / 8)))
+    if not places or places[-1] > last:
+        raise SpringtideError(f"--layers must name layers from 1 to {last}, which is the model's last.")
+    windows, rest = training_windows(data, engine, length)
+    if held is not None:
+        rest, _ = training_windows(held, engine, length)
+    training = sweep(engine.stack, places, windows, rest.tokens, steps=steps, batch=batch, ahead=steps_ahead)
+    found = _last(training, steps + len(places), "steps")
+    if json_file:
+        write_json(json_file, [asdict(row) for row in found])
+    print_table([{"layer": x.layer, "step": x.step, **{f"top-{n}": x.top(n) for n in (1, 2, 3, 4, 5)}} for x in found])
+    if plot:
+        lines = [
+            (f"step {step}, top-{n}", [row for row in found if row.step == step], n)
+            for n in (1, 5)
+            for step in range(1, steps_ahead + 1)
+        ]
+        series = {name: ([row.layer for row in rows], [row.top(n) for row in rows]) for name, rows, n in lines}
+        plot_lines(plot, series, x="layer of all transfers", y="accuracy")
+
+
+@app.command()
+def distill(
+    data: Annotated[Path, typer.Option(help="Text file, folder of .txt files, or .jsonl file (text or messages).")],
+    out: Annotated[Path, typer.Option(help="File for the lines, .jsonl; lines that are there are kept.")],
+    model: Model = "pocket",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts to continue.")] = 512,
+    length: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 128,
+    facts: Annotated[float, typer.Option(help="Share of prompts that ask for facts hidden in them.")] = 0.0,
+    hold_out: Annotated[
+        list[str] | None, typer.Option(help="File name in the folder to leave out; may be repeated.")
+    ] = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    batch: Annotated[int, typer.Option(min=1, help="Texts that are written at once.")] = 16,
+    policy: PolicyText = "dense",
+    budget: Budget = None,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and sampling.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Have the model continue excerpts of texts, for its drafter to learn from; run again, it adds what is missing."""
+    from springtide.engine.sampling import Sampling
+    from springtide.evaluation.report import check_target
+    from springtide.training.distill import Prompts
+    from springtide.training.distill import distill as run
+    from springtide.training.windows import read_documents
+
+    check_target(out)
+    sampling, chosen = Sampling(max_tokens, temperature, seed=seed), _policy(policy, budget)
+    documents, _ = read_documents(data, hold_out or ())
+    source = Prompts(_load(model, device, dtype, policy=chosen), documents, length, facts, seed)
+    with _resumable(out):
+        written = run(source, out, prompts, sampling, batch)
+    print(f"'{out}' holds {written.texts} texts of {written.tokens} tokens, of which the model wrote {written.own}.")
 
 
 @eval_app.command()
@@ -367,6 +605,54 @@ def recall(
     print_table(rows)
     if plot:
         plot_lines(plot, _series(rows, "layer", "mass"), x="layer", y="attention mass kept")
+
+
+@eval_app.command("drafts")
+def eval_drafts(
+    model: Model = "pocket",
+    draft: Annotated[str, typer.Option(help="Comma list of drafters, see generate --draft.")] = "lookup",
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file, or a folder of .txt files (default: the bundled excerpt).")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts that are cut from the text.")] = 200,
+    recall: Annotated[int, typer.Option(min=0, help="Prompts that ask for facts hidden in the text, besides.")] = 0,
+    length: Annotated[str, typer.Option(help="Comma list of prompt lengths, tokens, which take turns.")] = "1024,2048",
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode after each prompt.")] = 128,
+    temperature: Annotated[str, typer.Option(help="Comma list of temperatures.")] = "0",
+    policy: Policies = "dense",
+    budget: Budgets = None,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="Leave out drafts while they do not pay, as generate does.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the places in the text.")] = 0,
+    json_file: Json = None,
+    plot: Plot = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Drafters against the same engine without one: acceptance, speed, and whether the output is the same."""
+    from springtide.evaluation import drafts
+    from springtide.evaluation.report import check_target, write_json
+    from springtide.loading import find_adapter, find_model
+
+    check_target(json_file, plot)
+    names = list(dict.fromkeys(filter(None, (name.strip() for name in draft.split(",")))))
+    if not names:
+        raise SpringtideError("--draft names no drafter; give at least one, such as lookup.")
+    lengths, temperatures, wanted = _numbers(length, "--length"), _temperatures(temperature), _policies(policy, budget)
+    texts, folder = _texts(text), find_model(model)
+    own = [name for name in names if find_adapter(name, folder) is not None]  # these change the model
+    engine = _load(model, device, dtype)
+    changed = {name: _load(model, device, dtype, draft=name) for name in own}
+    contenders = drafts.contenders(engine, changed, names, _resolved(engine, wanted), adaptive)
+    cutting = drafts.passages(engine.tokenizer, texts, lengths, prompts, recall, seed)
+    passages = _last(cutting, len(texts), "texts")
+    found = _last(drafts.drafts(contenders, passages, temperatures, max_tokens), drafts.steps(passages), "prompts")
+    if json_file:
+        write_json(json_file, [asdict(row) for row in found])
+    drafts.show(found)
+    if plot:
+        drafts.plot(plot, found)
 
 
 @bench_app.command("decode")
@@ -583,16 +869,104 @@ def main() -> None:
         sys.exit(2)
 
 
+# -- training -------------------------------------------------------------------------------------------------------
+
+
+def _train(training: Training, build: Callable[[Stack], Objective], **own: Any) -> None:
+    """Train, calibrate and save a drafter; ``build`` makes its objective, with its ``own`` options."""
+    import logging
+
+    import torch
+
+    from springtide.evaluation.report import check_target, print_table, write_json
+    from springtide.loading import as_device
+    from springtide.training.running import make_folder
+    from springtide.training.trainer import Trainer, new_accelerator, train
+    from springtide.training.windows import training_windows
+
+    check_target(training.json_file)
+    if training.data != "self" and training.text is not None:
+        raise SpringtideError("--text is what `--data self` begins with; give one of the two only.")
+    accelerator = new_accelerator(as_device(training.device))
+    engine = _load(training.model, training.device or str(accelerator.device), training.dtype)
+    make_folder(training.out)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with _resumable(training.out):
+        with accelerator.main_process_first():
+            data = _self_written(engine, training) if training.data == "self" else Path(training.data)
+        windows, held = training_windows(data, engine, training.length, training.hold_out or (), training.seed)
+        torch.manual_seed(training.seed)  # initial weights are drawn from it
+        options = {f"--{name.replace('_', '-')}": value for name, value in own.items()}
+        trainer = Trainer(
+            build(engine.stack),
+            windows,
+            training.out,
+            steps=training.steps,
+            batch=training.batch,
+            lr=training.lr,
+            seed=training.seed,
+            options={"--model": engine.stack.fingerprint, **options},
+        )
+        train(trainer)
+        if not accelerator.is_main_process:
+            return
+        result = trainer.finish(held)
+    if training.json_file:
+        write_json(training.json_file, result)
+    print_table(
+        [
+            {"tokens_ahead": step} | {f"top-{count}": sum(accuracy[:count]) for count in range(1, 6)}
+            for step, accuracy in enumerate(result["accuracy"], start=1)
+        ]
+    )
+    print(f"Saved the drafter; use it with --draft {training.out}")
+
+
+def _self_written(engine: Engine, training: Training) -> Path:
+    """The file of what the model writes after excerpts of the text."""
+    from springtide.training.distill import SELF, SELF_FACTS, SELF_LENGTH, Prompts, distill
+    from springtide.training.windows import read_documents
+
+    documents, _ = read_documents(training.text or EXCERPT)
+    path = training.out / "self.jsonl"
+    prompts = Prompts(engine, documents, SELF_LENGTH, SELF_FACTS, training.seed)
+    distill(prompts, path, training.prompts, replace(SELF, seed=training.seed), batch=16)
+    return path
+
+
+def _transfers(layers: str | None, steps: int, num_layers: int) -> list[int]:
+    """A transfer layer for each step: those given, else spread over the upper half of the model."""
+    if layers is None:
+        return [num_layers // 2 + step * (num_layers - num_layers // 2) // steps for step in range(steps)]
+    try:
+        found = [int(layer) for layer in layers.split("+")]
+    except ValueError:
+        raise SpringtideError(f"--layers is '{layers}', but it must be whole numbers joined by +, as 6+8+10.") from None
+    if found != sorted(found) or not 0 <= found[0] <= found[-1] < num_layers:
+        raise SpringtideError(f"--layers is '{layers}', but it must ascend, from 0 to {num_layers - 1} at most.")
+    return found
+
+
+@contextmanager
+def _resumable(path: Path) -> Iterator[None]:
+    """Ctrl-C ends the command; what was done is in ``path``."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nStopped; the same command goes on from {path}.", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 # -- inputs ---------------------------------------------------------------------------------------------------------
 
 
-def _load(model: str, device: str | None, dtype: str | None, calibrated: bool = True) -> Engine:
+def _load(model: str, device: str | None, dtype: str | None, **options: Any) -> Engine:
     from transformers.utils import logging
 
     from springtide.loading import load
 
     logging.set_verbosity_error()
-    return load(model, device=device, dtype=dtype, calibrated=calibrated)
+    return load(model, device=device, dtype=dtype, **options)
 
 
 def _bench_engine(
@@ -692,6 +1066,16 @@ def _numbers(text: str, option: str) -> list[int]:
     return numbers
 
 
+def _temperatures(text: str) -> list[float]:
+    try:
+        found = list(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        raise SpringtideError(f"--temperature is '{text}', but it must be numbers joined by commas.") from None
+    if not all(temperature >= 0 for temperature in found):
+        raise SpringtideError("--temperature must be 0 (greedy) or more.")
+    return found
+
+
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise SpringtideError("Give the prompt either as an argument or with --prompt-file, not both.")
@@ -729,8 +1113,18 @@ def _text(file: Path | None) -> str:
     return text
 
 
+def _texts(path: Path | None) -> list[str]:
+    """A text, or those of a folder."""
+    if path is None or not path.is_dir():
+        return [_text(path)]
+    files = sorted(path.glob("*.txt"))
+    if not files:
+        raise SpringtideError(f"'{path}' holds no .txt file; give a folder with texts, or a text.")
+    return [_text(file) for file in files]
+
+
 def _excerpt() -> str:
-    return (Path(__file__).parent / "data" / "excerpt.txt").read_text(encoding="utf-8")
+    return EXCERPT.read_text(encoding="utf-8")
 
 
 def _ask_user() -> str | None:
@@ -745,16 +1139,51 @@ def _ask_user() -> str | None:
 # -- outputs --------------------------------------------------------------------------------------------------------
 
 
-def _print_pieces(engine: Engine, sequence: Any) -> None:
-    """Run a sequence and print its text as it comes, with a progress bar while the prompt is read."""
+def _print_pieces(engine: Engine, sequence: Any, coloured: bool = False) -> None:
+    """Run a sequence and print its text as it comes, with a progress bar while the prompt is read.
+
+    ``coloured``: on a terminal, drafted text is green.
+    """
     from tqdm import tqdm
 
+    coloured = coloured and sys.stdout.isatty()
+    painter = _Painter(engine, sequence) if coloured else None
     with tqdm(total=sequence.prefill_end, unit="tok", desc="reading", leave=False, disable=None, delay=2) as bar:
         for _, piece in engine.run([sequence]):
             bar.update(min(sequence.cache.length, sequence.prefill_end) - bar.n)
             if not sequence.prefilling:
                 bar.close()
-            print(piece, end="", flush=True)
+            if painter:
+                painter.paint()
+            else:
+                print(piece, end="", flush=True)
+
+
+class _Painter:
+    """Prints a sequence's text token by token, what was drafted in green."""
+
+    def __init__(self, engine: Engine, sequence: Any) -> None:
+        from rich.console import Console
+
+        from springtide.engine.text import Detokenizer
+
+        self.console, self.sequence = Console(highlight=False), sequence
+        self.text = Detokenizer(engine.tokenizer, sequence.sampling.stop)
+        self.done = 0
+
+    def paint(self) -> None:
+        """Print what is new."""
+        sequence = self.sequence
+        new = zip(sequence.output[self.done :], sequence.from_draft[self.done :], strict=True)
+        for token, drafted in new:
+            self._print(self.text.add([token]), drafted)
+            self.done += 1
+        if sequence.finish_reason is not None:
+            self._print(self.text.finish(), drafted=False)
+
+    def _print(self, piece: str, drafted: bool) -> None:
+        self.console.out(piece, style="green" if drafted else None, highlight=False, end="")
+        self.console.file.flush()
 
 
 def _stats_line(stats: Any) -> str:
@@ -767,6 +1196,13 @@ def _stats_line(stats: Any) -> str:
         parts += [f"TPOT {stats.tpot_ms:.1f} ms", f"{stats.tokens_per_second:.1f} tokens/s"]
     if stats.kv_bytes_per_token is not None:
         parts.append(f"{stats.kv_bytes_per_token / 1e6:.3f} MB of KV cache read a token")
+    if stats.acceptance_length is not None:
+        parts += [
+            f"{stats.passes} passes",
+            f"{stats.drafted_tokens} tokens drafted",
+            f"{stats.accepted_tokens} accepted",
+            f"acceptance length {stats.acceptance_length:.2f}",
+        ]
     return ", ".join(parts)
 
 

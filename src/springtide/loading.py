@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from transformers.utils import logging as transformers_logging
 
 from springtide.attention.calibration import read_calibration
 from springtide.attention.policy import Policy
+from springtide.drafting import ADAPTER, find_drafter, find_folder
+from springtide.drafting.drafter import Drafter
+from springtide.engine.cost import cost_of_rows
 from springtide.engine.engine import Engine
 from springtide.engine.stack import check_supported
 from springtide.errors import SpringtideError
@@ -25,6 +29,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     calibrated: bool = True,
+    draft: str | Path | Drafter | None = None,
 ) -> Engine:
     """An engine for a model.
 
@@ -35,9 +40,13 @@ def load(
         device: where to run (default: the first GPU if there is one, else CPU; a loaded model stays where it is).
         dtype: of weights and cache, e.g. ``"float32"`` (default: the checkpoint's).
         calibrated: use the folder's ``springtide.json`` if there is one.
+        draft: what proposes tokens to try: ``"lookup"``, ``"medusa"``, ``"medusa2"`` or ``"hidden-transfer"``, a
+            drafter's folder, or a drafter. Its draft tree is chosen by what rows cost on this machine. A Medusa-2
+            drafter changes the model: its folder has an adapter, which is merged into the loaded weights.
 
     Raises:
-        SpringtideError: no such folder, incomplete or broken weights, unsupported architecture, bad policy.
+        SpringtideError: no such folder, incomplete or broken weights, unsupported architecture, bad policy, a drafter
+            that is missing or broken or does not fit the model.
     """
     wanted, place = as_dtype(dtype), as_device(device)
     if isinstance(model, PreTrainedModel):
@@ -48,14 +57,43 @@ def load(
         if isinstance(tokenizer, (str, Path)):
             tokenizer = _load_tokenizer(Path(tokenizer))
         calibration = calibration_of(model) if calibrated else None
-        return Engine(model if device is None else _move(model, place), tokenizer, policy, calibration=calibration)
+        engine = Engine(model if device is None else _move(model, place), tokenizer, policy, calibration=calibration)
+        return engine if draft is None else drafting(engine, draft)
     folder = find_model(model)
     config = _load_config(folder)
+    drafter = find_drafter(draft, folder) if isinstance(draft, (str, Path)) else draft
     calibration = read_calibration(folder) if calibrated else None
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = _load_tokenizer(Path(tokenizer) if tokenizer else folder)
-    loaded = _move(_load_weights(folder, config, wanted), place)
-    return Engine(loaded, tokenizer, policy, calibration=calibration)
+    loaded = _load_weights(folder, config, wanted)
+    adapter = find_adapter(draft, folder)
+    if adapter is not None:
+        loaded = _merge(loaded, adapter)
+    engine = Engine(_move(loaded, place), tokenizer, policy, calibration=calibration)
+    return engine if drafter is None else drafting(engine, drafter)
+
+
+def drafting(engine: Engine, draft: str | Path | Drafter) -> Engine:
+    """The engine with a drafter, see :func:`load`; raises SpringtideError for one that would change the model."""
+    if not isinstance(draft, Drafter):
+        name = engine.stack.model.name_or_path
+        folder = Path(name) if name else None
+        if find_adapter(draft, folder) is not None:
+            raise SpringtideError(
+                f"The drafter '{draft}' comes with an adapter, which would change your model; "
+                "give springtide.load the model's folder instead of the loaded model."
+            )
+        draft = find_drafter(draft, folder)
+    drafted = engine.drafting(draft)
+    if hasattr(drafted.drafter, "tuned"):
+        drafted.drafter = drafted.drafter.tuned(cost_of_rows(engine.stack, engine.policy))
+    return drafted
+
+
+def find_adapter(draft: str | Path | Drafter | None, model: Path | None) -> Path | None:
+    """The folder of the adapter that comes with a drafter, None if there is none."""
+    folder = find_folder(draft, model) if isinstance(draft, (str, Path)) else None
+    return folder / ADAPTER if folder is not None and (folder / ADAPTER).is_dir() else None
 
 
 def calibration_of(model: PreTrainedModel) -> dict[str, Any] | None:
@@ -172,9 +210,38 @@ def _check_tensors(folder: Path, model: PreTrainedModel, report: dict[str, Any])
             raise SpringtideError(
                 f"The weights in '{folder}' {fault.format(count)}, such as '{tensors[0]}'; download the model again."
             )
+    _check_finite(folder, model)
+
+
+def _check_finite(folder: Path, model: PreTrainedModel) -> None:
+    """Raise SpringtideError if a tensor that came from the folder holds NaN or infinity."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter.detach().abs().max()):
             raise SpringtideError(f"Tensor '{name}' in '{folder}' holds NaN or infinite values; get sound weights.")
+
+
+def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model with an adapter in peft's format added to its weights."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise SpringtideError(
+            f"The adapter in '{adapter}' needs the package peft; run pip install 'springtide[train]'."
+        ) from None
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).is_file():
+            raise SpringtideError(f"'{adapter}' lacks {name}; get the drafter again.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", ".*missing adapter keys")
+            merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except Exception as error:  # the files may hold anything
+        raise SpringtideError(
+            f"The adapter in '{adapter}' cannot be used ({_reason(error):.200}); get the drafter again."
+        ) from None
+    _check_finite(adapter, merged)
+    return merged
 
 
 def _check_files(folder: Path) -> None:

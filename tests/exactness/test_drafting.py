@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import cache
-from itertools import product
-from random import Random
 
 import pytest
 import torch
@@ -14,14 +11,12 @@ from hypothesis import strategies as st
 
 from guesses import KINDS, Guesses
 from springtide.attention.policy import Policy
-from springtide.drafting.accept import Accepted, accept
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
-from springtide.engine.loop import Loop
-from springtide.engine.rows import PREFIX, Segment
-from springtide.engine.sampling import Sampling, filtered
+from springtide.engine.rows import PREFIX
+from springtide.engine.sampling import Sampling
 from springtide.kernels import native
-from statistic import g_test
+from stepping import check_cache, poison, steps
 from tiny import random_tokens, tiny
 
 PROMPT = random_tokens(29)
@@ -48,21 +43,6 @@ def model(name="qwen3", **overrides):
 def plain(policy, name="qwen3", prompt=tuple(PROMPT), count=32, **options):
     """Output without a drafter."""
     return Engine(model(name), policy=policy).generate(list(prompt), max_tokens=count, **options).token_ids
-
-
-def steps(engine, sequence):
-    """Run a sequence to its end; yields after every pass."""
-    loop = Loop(engine.stack, engine.policy, engine.drafter, engine.eos)
-    while sequence.finish_reason is None:
-        loop.step([sequence])
-        yield
-
-
-def prefilled(engine, tokens):
-    """Keys and values of ``tokens`` as a dense prompt, one pair a layer."""
-    segment = Segment.chain(engine.stack.new_cache(), 0, tokens, decoding=False, state=None)
-    engine.stack.forward([segment], Policy())
-    return [segment.cache.read(layer, 0, len(tokens)) for layer in range(engine.stack.spec.num_layers)]
 
 
 # Greedy
@@ -195,19 +175,7 @@ def test_after_every_step_the_cache_is_that_of_a_fresh_prompt(name):
     engine = Engine(model(name), drafter=Guesses([PROMPT + plain("dense", name)], "mixed"))
     sequence = engine.start(PROMPT, Sampling(max_tokens=32))
     for _ in steps(engine, sequence):
-        length = sequence.cache.length
-        assert length == len(sequence.tokens) - 1
-        for layer, expected in enumerate(prefilled(engine, sequence.tokens[:length])):
-            for got, wanted in zip(sequence.cache.read(layer, 0, length), expected, strict=True):
-                torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
-
-
-@torch.inference_mode()
-def poison(cache, layers):
-    """Make everything that is not committed unusable."""
-    for layer in range(layers):
-        for part in cache.read(layer, cache.length, 10**6):
-            part.fill_(torch.nan)
+        check_cache(engine, sequence)
 
 
 @pytest.mark.parametrize("policy", [*POLICIES.values(), "quest:budget=8,page=4,skip=1"])
@@ -262,104 +230,7 @@ def test_a_drafted_batch_is_each_alone_without_a_drafter(policy, options):
         assert [out.token_ids for out in batch] == alone
 
 
-# The rule
-
-VOCAB, DRAWS = 8, 20_000
-TABLE = 1.5 * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-
-
-@cache
-def toy_tree(last, step):
-    """A random tree that depends on what was committed; children of a node differ."""
-    random = Random(10 * last + step)
-    tree = TokenTree.single(last)
-    while len(tree.tokens) < 8:
-        parent, token = random.randrange(len(tree.tokens)), random.randrange(VOCAB)
-        if tree.child(parent, token) is None:
-            tree.tokens.append(token)
-            tree.parents.append(parent)
-    return tree
-
-
-def accept_resampling(tree, probabilities, random):
-    """The biased rule: every path draws anew at each of its rows, and the path that gets furthest wins."""
-    best = None
-    for leaf in set(range(len(tree.tokens))) - set(tree.parents):
-        path = [leaf]
-        while tree.parents[path[0]] != PREFIX:
-            path.insert(0, tree.parents[path[0]])
-        draws = [random.choices(range(VOCAB), probabilities[node])[0] for node in path]
-        hits = 0
-        while hits + 1 < len(path) and tree.tokens[path[hits + 1]] == draws[hits]:
-            hits += 1
-        if best is None or hits + 1 > len(best.path):
-            best = Accepted(path[: hits + 1], draws[: hits + 1])
-    return best
-
-
-def toy_strings(rule):
-    """How often each string of three tokens comes after token 0; ``rule(tree, committed, draw) -> Accepted``."""
-    counts = Counter()
-    for draw in range(DRAWS):
-        history = [0]
-        while len(history) < 4:
-            history += rule(toy_tree(history[-1], len(history)), history, draw).tokens
-        counts[tuple(history[1:4])] += 1
-    return counts
-
-
-def p_value(counts, options):
-    step = [filtered(row / options["temperature"], Sampling(**options)).exp().tolist() for row in TABLE]
-    strings = list(product(range(VOCAB), repeat=3))
-    expected = [step[0][a] * step[a][b] * step[b][c] for a, b, c in strings]
-    return g_test([counts[string] for string in strings], expected)
-
-
-@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.85, "top_k": 6}], ids=str)
-def test_accepted_strings_have_the_targets_distribution(options):
-    def rule(tree, committed, draw):
-        return accept(tree, TABLE[tree.tokens], Sampling(**options, seed=draw), committed)
-
-    assert p_value(toy_strings(rule), options) > 1e-3
-
-
-def test_drawing_anew_in_every_row_has_not():
-    """The check above is able to fail."""
-    random, rows = Random(0), TABLE.softmax(-1).tolist()
-
-    def rule(tree, _, __):
-        return accept_resampling(tree, [rows[token] for token in tree.tokens], random)
-
-    assert p_value(toy_strings(rule), {"temperature": 1.0}) < 1e-6
-
-
-def logits_for(*tokens):
-    """Rows whose largest logits are at ``tokens``."""
-    return torch.nn.functional.one_hot(torch.tensor(tokens), VOCAB).double()
-
-
-def test_accept_follows_the_targets_own_tokens():
-    tree = TokenTree([1, 2, 3, 4, 5, 6], [PREFIX, 0, 0, 2, 2, 4])
-    got = accept(tree, logits_for(3, 0, 5, 0, 6, 7), Sampling(), [1])
-    assert got == Accepted([0, 2, 4, 5], [3, 5, 6, 7])
-    assert accept(tree, logits_for(7, 0, 5, 0, 6, 7), Sampling(), [1]) == Accepted([0], [7])
-
-
-def test_a_leaf_padded_with_token_0_is_taken_only_where_the_target_says_0():
-    padded = TokenTree([1, 2, 0, 0], [PREFIX, 0, 1, 2])
-    assert accept(padded, logits_for(2, 3, 0, 0), Sampling(), [1]) == Accepted([0, 1], [2, 3])
-    # The target does say 0: it is a token like any other, and what follows it is the target's too.
-    assert accept(padded, logits_for(2, 0, 5, 0), Sampling(), [1]) == Accepted([0, 1, 2], [2, 0, 5])
-    unpadded = TokenTree([1, 2], [PREFIX, 0])
-    assert accept(unpadded, logits_for(2, 0), Sampling(), [1]) == Accepted([0, 1], [2, 0])
-
-
-def test_noise_is_that_of_the_position_not_of_the_node():
-    flat, options = torch.zeros(2, VOCAB), Sampling(temperature=1.0, seed=9)
-    first = accept(TokenTree.single(1), flat[:1], options, [1, 1]).tokens
-    second = accept(TokenTree.single(first[0]), flat[:1], options, [1, 1, *first]).tokens
-    tree = TokenTree([1, first[0]], [PREFIX, 0])
-    assert accept(tree, flat, options, [1, 1]).tokens == first + second
+# The tree
 
 
 @settings(deadline=None, max_examples=60)

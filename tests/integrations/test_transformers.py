@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ from transformers import (
 )
 
 import springtide
-from folders import VOCAB, save_model, tokenizer
+from folders import VOCAB, save_drafter, save_model, tokenizer
+from guesses import Guesses
 from springtide import SpringtideError
+from springtide.drafting.medusa import Medusa
 from tiny import random_tokens
 
 OURS = {"custom_generate": springtide.hf_generate}
@@ -227,6 +230,48 @@ def test_return_dict(model):
     inputs = prompts(9, 4)
     ours = model.generate(**inputs, **GREEDY, return_dict_in_generate=True, **OURS)
     assert torch.equal(ours.sequences, model.generate(**inputs, **GREEDY))
+
+
+# -- drafters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drafter(model, tmp_path_factory):
+    return save_drafter(tmp_path_factory.mktemp("drafter"), Path(model.name_or_path))
+
+
+def test_a_drafter_leaves_the_output_as_it_is(model, drafter):
+    inputs = prompts(9, 4)
+    expected = model.generate(**inputs, **GREEDY)
+    for draft in ("lookup", drafter, str(drafter), Medusa.load(drafter)):
+        assert torch.equal(model.generate(**inputs, **GREEDY, draft=draft, **OURS), expected)
+    assert torch.equal(seeded(model, 4, draft=drafter), seeded(model, 4))
+
+
+def test_the_drafter_is_asked(model):
+    expected = model.generate(**prompts(9), **GREEDY)
+    knowing = Guesses(expected.tolist(), "oracle", vocab=VOCAB)
+    assert torch.equal(model.generate(**prompts(9), **GREEDY, draft=knowing, **OURS), expected)
+    assert 0 < knowing.calls < 8
+    streamer = Collector()
+    model.generate(**prompts(9), **GREEDY, draft=knowing, streamer=streamer, **OURS)
+    assert streamer.got == [expected[0, :9].tolist(), *([token] for token in expected[0, 9:].tolist())]
+
+
+def test_stopping_criteria_among_drafted_tokens(model):
+    plain = model.generate(**prompts(8), **GREEDY)
+    listed = {"stopping_criteria": StoppingCriteriaList([AfterFive()])}
+    expected = model.generate(**prompts(8), **GREEDY, **listed)
+    knowing = Guesses(plain.tolist(), "oracle", vocab=VOCAB)
+    assert torch.equal(model.generate(**prompts(8), **GREEDY, **listed, draft=knowing, **OURS), expected)
+
+
+def test_drafters_that_cannot_be(model, tmp_path):
+    with pytest.raises(SpringtideError, match="There is no drafter 'nosuch'"):
+        model.generate(**prompts(4), **GREEDY, draft="nosuch", **OURS)
+    adapted = save_drafter(tmp_path, Path(model.name_or_path), adapter=True)
+    with pytest.raises(SpringtideError, match="an adapter, which would change your model"):
+        model.generate(**prompts(4), **GREEDY, draft=adapted, **OURS)
 
 
 # -- policies ------------------------------------------------------------------------------------------------------

@@ -9,17 +9,11 @@ import torch
 from torch import Tensor
 
 from springtide import kernels
-from springtide.attention.policy import (
-    Layer,
-    Policy,
-    at_least,
-    dense,
-    gathered,
-    option,
-)
+from springtide.attention.policy import Layer, Policy, dense, gathered
 from springtide.engine.rows import Segment
 from springtide.engine.spec import ModelSpec
 from springtide.kernels.reference import keep_first
+from springtide.options import at_least, option
 
 
 @dataclass(frozen=True)

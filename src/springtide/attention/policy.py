@@ -6,8 +6,8 @@ A policy is a frozen dataclass of its options. What it remembers of a sequence l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -15,12 +15,6 @@ from torch import Tensor
 from springtide import kernels
 from springtide.engine.rows import Segment
 from springtide.engine.spec import ModelSpec
-from springtide.errors import SpringtideError
-
-
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with the sentence that documents it wherever options are listed."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -101,9 +95,3 @@ def gathered(layer: Layer, q: Tensor, segment: Segment, index: Tensor, valid: Te
         segment.meter(layer, q, segment, index, torch.ones_like(index, dtype=torch.bool) if mask is None else mask)
     segment.bytes_read += index.numel() * keys.shape[2] * (keys.element_size() + values.element_size())
     return kernels.attend_gathered(q, keys, values, index, layer.scale, mask, layer.softcap)
-
-
-def at_least(value: int, low: int, policy: str, name: str) -> None:
-    """Raise SpringtideError unless ``value >= low``."""
-    if value < low:
-        raise SpringtideError(f"{policy}: {name} is {value}, but it must be at least {low}.")

@@ -11,18 +11,11 @@ import torch
 from torch import Tensor
 
 from springtide import kernels
-from springtide.attention.policy import (
-    Layer,
-    Policy,
-    State,
-    at_least,
-    dense,
-    gathered,
-    option,
-)
+from springtide.attention.policy import Layer, Policy, State, dense, gathered
 from springtide.engine.rows import Segment
 from springtide.engine.spec import ModelSpec
 from springtide.errors import SpringtideError
+from springtide.options import at_least, option
 
 
 @dataclass

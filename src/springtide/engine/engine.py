@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from springtide.attention import parse_policy
 from springtide.attention.policy import Policy
 from springtide.drafting.drafter import Drafter
+from springtide.engine.governor import Governor
 from springtide.engine.loop import Loop
 from springtide.engine.sampling import Sampling
 from springtide.engine.scheduler import Scheduler
@@ -53,6 +54,7 @@ class Engine:
         policy: an attention policy, or its text form such as ``"tidal:budget=256"``.
         drafter: proposes tokens to try; the output does not depend on it if the policy's rows are independent.
         calibration: the content of the model's ``springtide.json``.
+        adaptive: leave the drafter out of passes while drafting is measured to be slower.
 
     Attributes:
         eos: tokens that end a sequence: the model's generation configuration's, else the tokenizer's.
@@ -67,12 +69,14 @@ class Engine:
         policy: Policy | str = "dense",
         drafter: Drafter | None = None,
         calibration: dict[str, Any] | None = None,
+        adaptive: bool = True,
     ) -> None:
         self.stack = Stack(model, calibration)
         _check_calibration(self.stack.spec)
         self.tokenizer = tokenizer
         self.drafter = (drafter or Drafter()).resolve(self.stack)
         self.policy = self.resolve(policy)
+        self.adaptive = adaptive
         self.eos = _eos(model, tokenizer)
 
     def resolve(self, policy: Policy | str) -> Policy:
@@ -199,7 +203,8 @@ class Engine:
         The text is empty while the prompt is read, and always without a tokenizer. Who runs the sequences may end one
         by setting its ``finish_reason``.
         """
-        loop = Loop(self.stack, self.policy, self.drafter, self.eos)
+        governor = Governor() if self.adaptive and self.drafter.name != Drafter.name else None
+        loop = Loop(self.stack, self.policy, self.drafter, self.eos, governor)
         scheduler = Scheduler()
         texts = {id(s): Detokenizer(self.tokenizer, s.sampling.stop) for s in sequences}
         for sequence in sequences:
@@ -267,6 +272,7 @@ class Engine:
             if text.stopped:
                 sequence.finish_reason = "stop"
                 del sequence.tokens[len(sequence.tokens) - (len(tokens) - count) :]
+                del sequence.from_draft[len(sequence.output) :]
                 sequence.crop(len(sequence.tokens) - 1)
                 break
         if sequence.finish_reason is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,40 +13,50 @@ from springtide.attention.policy import Policy
 from springtide.drafting.accept import Accepted, accept
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.tree import TokenTree
+from springtide.engine.governor import Governor
 from springtide.engine.rows import Segment
 from springtide.engine.sequence import Sequence
 from springtide.engine.stack import Pass, Stack
 
 CHUNK = 1024  # prompt rows in a pass
 GIVEN_ROWS = 64  # rows in a pass that decodes tokens which are known already
+PLAIN = Drafter()
 
 
 @dataclass
 class Loop:
-    """Steps sequences forward under one policy and one drafter."""
+    """Steps sequences forward under one policy and one drafter, which a ``governor`` may leave out of a pass."""
 
     stack: Stack
     policy: Policy
     drafter: Drafter
     eos: frozenset[int]
+    governor: Governor | None = None
+    clock: Callable[[], float] = time.perf_counter
 
     def step(self, running: Iterable[Sequence]) -> list[tuple[Sequence, list[int]]]:
         """One pass over ``running``; returns the tokens that each sequence gained."""
-        sequences = list(running)
-        plans = [self.plan(sequence) for sequence in sequences]
+        sequences, began = list(running), self.clock()
+        # Typical acceptance keeps what was drafted, so that leaving out drafts would change the output.
+        governor = None if any(s.sampling.accept == "typical" for s in sequences) else self.governor
+        drafter = self.drafter if governor is None or governor.drafts(len(sequences)) else PLAIN
+        plans = [self.plan(sequence, drafter) for sequence in sequences]
         segments = [segment for segment, _ in plans]
-        hidden = torch.split(self.forward(segments), [len(segment.tokens) for segment in segments])
-        return [
+        hidden = torch.split(self.forward(segments, drafter), [len(segment.tokens) for segment in segments])
+        gained = [
             (sequence, self.commit(sequence, segment, tree, own))
             for sequence, (segment, tree), own in zip(sequences, plans, hidden, strict=True)
         ]
+        if governor and all(s.decoding and s.outputs == len(s.tokens) for s in segments):
+            governor.record(len(sequences), sum(len(tokens) for _, tokens in gained), self.clock() - began)
+        return gained
 
     @torch.inference_mode()
-    def forward(self, segments: list[Segment]) -> Tensor:
+    def forward(self, segments: list[Segment], drafter: Drafter) -> Tensor:
         """Final hidden states ``[R, hidden]`` of the rows that were planned."""
-        return self.drafter.forward(Pass(self.stack, segments, self.policy), self.stack.spec.num_layers)
+        return drafter.forward(Pass(self.stack, segments, self.policy), self.stack.spec.num_layers)
 
-    def plan(self, sequence: Sequence) -> tuple[Segment, TokenTree | None]:
+    def plan(self, sequence: Sequence, drafter: Drafter = PLAIN) -> tuple[Segment, TokenTree | None]:
         """The sequence's rows in the next pass, and the tree to choose from when they reach the last token.
 
         A prompt is cut into chunks. A refresh runs from the first inexact token to the last one, as a prompt does.
@@ -62,7 +72,7 @@ class Loop:
         if cached < known - 1:
             stop = min(start + self._given_rows(sequence), known - 1)
             return self._chain(sequence, start, stop, decoding=True)
-        tree = self.drafter.propose(sequence.draft, sequence.tokens).limited(self._depth(sequence))
+        tree = drafter.propose(sequence.draft, sequence.tokens).limited(self._depth(sequence))
         segment = Segment(
             sequence.cache,
             start,
@@ -140,6 +150,7 @@ class Loop:
                 break
         sequence.crop(len(sequence.tokens) - 1)
         sequence.accepted += min(len(kept), len(tokens) - 1)
+        sequence.from_draft += [i < len(tokens) - 1 for i in range(len(kept))]
         if kept:
             first = sequence.first_token is None
             sequence.first_token = sequence.first_token or now

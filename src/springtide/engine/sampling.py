@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
 from springtide.errors import SpringtideError
+
+Acceptance = Literal["exact", "typical"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Sampling:
         seed: noise is keyed by seed and position, so the same request gives the same text in any batch.
         stop: text that ends the output; it is not part of it.
         ignore_eos: go on after the end-of-sequence token.
+        accept: which tokens of a draft are kept. "exact" leaves the output as it is without a drafter; "typical" is
+            lossy: it keeps what is probable enough, and needs a temperature (see :mod:`springtide.drafting.accept`).
     """
 
     max_tokens: int = 256
@@ -37,6 +41,7 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    accept: Acceptance = "exact"
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -50,6 +55,11 @@ class Sampling:
             (0 <= self.min_p <= 1, "min_p must be between 0 and 1"),
             (self.repetition_penalty > 0, "repetition_penalty must be above 0"),
             (all(self.stop), "a stop string must not be empty"),
+            (self.accept in get_args(Acceptance), f"accept must be one of {', '.join(get_args(Acceptance))}"),
+            (
+                self.accept != "typical" or self.temperature > 0,
+                "typical acceptance needs a temperature above 0; set one, or accept exactly",
+            ),
         ):
             if not holds:
                 raise SpringtideError(f"Sampling: {rule}.")
@@ -70,13 +80,16 @@ def sample(logits: Tensor, sampling: Sampling, history: Sequence[int], position:
     Sampling adds Gumbel noise to the log-probabilities and takes the largest: a draw from the distribution that
     depends on nothing but seed and position, so that drafting and batching do not change it.
     """
-    logits = logits.double()
-    if sampling.repetition_penalty != 1.0:
-        logits = _penalised(logits, sampling.repetition_penalty, history)
     if sampling.temperature == 0.0:
-        return int(logits.argmax())
-    log_probs = filtered(logits / sampling.temperature, sampling)
+        return int(_penalised(logits.double(), sampling.repetition_penalty, history).argmax())
+    log_probs = distribution(logits, sampling, history)
     return int((log_probs.cpu() + gumbel(len(logits), sampling.seed, position)).argmax())
+
+
+def distribution(logits: Tensor, sampling: Sampling, history: Sequence[int]) -> Tensor:
+    """Log-probabilities ``[V]`` (fp64) that a token is drawn from after ``history``; the temperature is above 0."""
+    logits = _penalised(logits.double(), sampling.repetition_penalty, history)
+    return filtered(logits / sampling.temperature, sampling)
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -100,6 +113,8 @@ def gumbel(size: int, seed: int, position: int) -> Tensor:
 
 
 def _penalised(logits: Tensor, penalty: float, history: Sequence[int]) -> Tensor:
+    if penalty == 1.0:
+        return logits
     seen = torch.tensor(sorted(set(history)), device=logits.device)
     values = logits[seen]
     return logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))

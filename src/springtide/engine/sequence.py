@@ -21,6 +21,7 @@ class Stats:
     ``ttft_ms``: from the request to its first token. ``tpot_ms``: mean time of a token after the first, None if there
     is none. ``kv_bytes_per_token``: mean bytes of the KV cache read for a token after the prompt, None likewise.
     ``passes``: of the model, after the prompt's. ``drafted_tokens`` were tried in them, ``accepted_tokens`` kept.
+    ``acceptance_length``: mean tokens that such a pass gave, its own one counted; None if there was none.
     """
 
     prompt_tokens: int
@@ -32,6 +33,7 @@ class Stats:
     passes: int
     drafted_tokens: int
     accepted_tokens: int
+    acceptance_length: float | None
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Sequence:
     ``state`` is the policy's and ``draft`` the drafter's. ``tokens[:cache.length]`` are in the cache. Tokens before
     ``prefill_end`` are computed as a prompt; later ones, and all generated ones, as decoding. ``output_start`` is where
     the present request's output begins. Of the tokens that were ``drafted``, ``accepted`` are in the output; it took
-    ``passes`` passes after the prompt's.
+    ``passes`` passes after the prompt's. ``from_draft`` says of each token of the output whether it was drafted.
     """
 
     tokens: list[int]
@@ -61,6 +63,7 @@ class Sequence:
     drafted: int = 0
     accepted: int = 0
     passes: int = 0
+    from_draft: list[bool] = field(default_factory=list)
 
     @property
     def output(self) -> list[int]:
@@ -79,7 +82,12 @@ class Sequence:
     def fork(self) -> Sequence:
         """An independent sequence that goes on from the same tokens."""
         return replace(
-            self, tokens=list(self.tokens), cache=self.cache.fork(), state=copy(self.state), draft=copy(self.draft)
+            self,
+            tokens=list(self.tokens),
+            cache=self.cache.fork(),
+            state=copy(self.state),
+            draft=copy(self.draft),
+            from_draft=list(self.from_draft),
         )
 
     def stats(self) -> Stats:
@@ -97,4 +105,5 @@ class Sequence:
             passes=self.passes,
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,
+            acceptance_length=(count - 1) / self.passes if self.passes else None,
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from springtide.attention.policy import Layer, Policy
@@ -107,13 +107,7 @@ class Stack:
     @torch.inference_mode()
     def head(self, normed: Tensor) -> Tensor:
         """Next-token logits ``[R, V]``, fp32 or wider, from what the LM head reads."""
-        config = self.model.config
-        logits = self._head(normed)
-        logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return scaled(self._head(normed), self.model.config)
 
     def _head(self, hidden: Tensor) -> Tensor:
         head = self.model.lm_head
@@ -163,6 +157,8 @@ class Pass:
 
     def run(self, hidden: Tensor, start: int, stop: int) -> Tensor:
         """Take ``hidden [R, hidden]``, the input of layer ``start``, through layers ``start .. stop - 1``."""
+        if start == stop:
+            return hidden
         stack = self.stack
         rotary = stack.rotary(hidden[None], self.segments)
         with stack.own_attention():
@@ -221,6 +217,17 @@ def attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Tensor:
         outputs.append(step.policy.attend(layer, q[start:stop], segment))
         start = stop
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def scaled(logits: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Next-token logits, fp32 or wider, from the LM head's product: scaled and capped as the architecture does it."""
+    scale, divisor = getattr(config, "logit_scale", 1.0), getattr(config, "logits_scaling", 1.0)
+    if (scale, divisor) != (1.0, 1.0):  # it takes a pass over all logits
+        logits = logits * scale / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -66,11 +66,12 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
-        table.add_row(*(_shown(value) for value in row.values()))
+        table.add_row(*(shown(value) for value in row.values()))
     Console().print(table)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a table."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -120,6 +121,28 @@ def plot_heat(path: Path, kept: Sequence[Sequence[float]], layers: Sequence[int]
     axes.set_xlabel("layer that reads")
     axes.set_ylabel("layer that selects (> chosen)")
     figure.colorbar(image, label="attention mass kept", fraction=0.046)
+    _save(figure, path)
+
+
+def plot_drafts(path: Path, panels: Mapping[str, Mapping[str, tuple[Sequence[float], float]]]) -> None:
+    """For each kind of text its drafters, by name: acceptance by position (from 1) as lines, speed-up as bars."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(len(panels), 2, figsize=(10, 3.8 * len(panels)), squeeze=False)
+    for (text, drafters), (left, right) in zip(panels.items(), axes, strict=True):
+        for number, (name, (shares, speedup)) in enumerate(drafters.items()):
+            left.plot(range(1, len(shares) + 1), shares, marker="o", label=name, color=f"C{number}")
+            right.barh(name, speedup, color=f"C{number}")
+        left.xaxis.get_major_locator().set_params(integer=True)
+        left.set_ylim(bottom=0)
+        left.set_xlabel("drafted token")
+        left.set_ylabel(f"accepted (share of passes), {text}")
+        left.legend()
+        right.axvline(1, color="black", linewidth=0.8)
+        right.invert_yaxis()
+        right.set_xlabel(f"speed-up over no drafter, {text}")
+        for axis in (left, right):
+            axis.grid(alpha=0.3)
+    figure.tight_layout()
     _save(figure, path)
 
 

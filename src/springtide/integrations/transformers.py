@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from transformers import GenerationConfig, PreTrainedModel, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from springtide.attention.policy import Policy
+from springtide.drafting.drafter import Drafter
 from springtide.engine.engine import Engine
 from springtide.engine.sampling import Sampling
 from springtide.errors import SpringtideError
-from springtide.loading import calibration_of
+from springtide.loading import calibration_of, drafting
 
 # What the engine does to logits itself, in its order: transformers' name, its attribute, and the engine's option.
 PROCESSORS = {
@@ -38,6 +40,7 @@ def hf_generate(
     synced_gpus: bool = False,
     streamer: Any = None,
     policy: Policy | str = "dense",
+    draft: str | Path | Drafter | None = None,
     stop_strings: str | list[str] | None = None,
     tokenizer: Any = None,
     **model_kwargs: Any,
@@ -48,6 +51,7 @@ def hf_generate(
     lengths, end-of-sequence tokens, ``stop_strings`` (with ``tokenizer``), stopping criteria and ``streamer`` are
     those of ``generate``; a stopping criterion sees one sequence at a time, and no scores. Sampling follows torch's
     global seed. The layers of ``springtide.json`` are used when the model was loaded from a folder that has it.
+    ``draft`` is what :func:`springtide.load` takes, less what changes the model: the output is as without it.
 
     Returns what ``generate`` returns: ids ``[batch, length]``, padded on the right. Raises SpringtideError for
     anything that the engine does not do, such as beam search.
@@ -67,6 +71,8 @@ def hf_generate(
     training = model.training
     try:
         engine = Engine(model, policy=policy, calibration=calibration_of(model))
+        if draft is not None:
+            engine = drafting(engine, draft)
         engine.eos = _eos(generation_config)
         mask = model_kwargs.get("attention_mask")
         rows = _run(engine, input_ids, mask, sampling, criteria, streamer, _padding(generation_config))

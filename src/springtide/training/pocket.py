@@ -8,18 +8,13 @@ AdamW, in bf16 with fp32 master weights.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
 import os
 import shutil
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +24,23 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from springtide.errors import SpringtideError
 from springtide.training.data import BOS, DIGITS, EOS, Batch, Corpus, Mix, SampleMaker, read_corpus, train_tokenizer
+from springtide.training.running import (
+    cannot_write,
+    draw,
+    interruption,
+    load_checkpoint,
+    lr_scale,
+    make_folder,
+    progress_bar,
+    read_records,
+    record,
+    rewind,
+    save_checkpoint,
+)
 
 log = logging.getLogger(__name__)
 
@@ -354,10 +361,8 @@ class Trainer:
 
     def _lr_scale(self) -> float:
         """Cosine over the share of time spent, after a short warm-up."""
-        recipe = self.recipe
-        warm = min(1.0, (self.progress.step + 1) / recipe.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress.elapsed / self.seconds)))
-        return warm * (recipe.final_lr + (1 - recipe.final_lr) * cosine)
+        progress, recipe = self.progress, self.recipe
+        return lr_scale(progress.step, recipe.warmup_steps, progress.elapsed / self.seconds, recipe.final_lr)
 
     def _exact(self, batch: Batch) -> dict[int, float]:
         return self.progress.exact_gaps if batch.gaps else self.progress.exact
@@ -386,32 +391,19 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint; whatever goes wrong, the previous one stays."""
-        buffer = io.BytesIO()
         state = {
-            "identity": self.identity,
             "progress": asdict(self.progress),
             "rng": self.maker.rng.bit_generator.state,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        torch.save(state, buffer)
-        write_safely(self.checkpoint, buffer.getvalue())
+        save_checkpoint(self.checkpoint, self.identity, state)
 
     def resume(self) -> bool:
         """Load the checkpoint if there is one; it must come from the same corpus, seed and recipe."""
-        if not self.checkpoint.exists():
+        state = load_checkpoint(self.checkpoint, self.identity, self.model.device)
+        if state is None:
             return False
-        try:
-            state = torch.load(self.checkpoint, map_location=self.model.device, weights_only=True)
-        except Exception as error:
-            raise SpringtideError(f"{self.checkpoint} cannot be read: delete it to start anew.") from error
-        saved = state.get("identity", {})
-        differing = [key for key, value in self.identity.items() if saved.get(key) != value]
-        if differing:
-            raise SpringtideError(
-                f"{self.checkpoint} belongs to another {' and '.join(differing)}: "
-                "choose another --out folder, or delete the file to start anew."
-            )
         self.model.load_state_dict(state["model"])
         for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(moments)
@@ -430,7 +422,7 @@ class Trainer:
                 os.replace(path, folder / path.name)
             temporary.rmdir()
         except OSError as error:
-            raise _cannot_write(folder, error) from error
+            raise cannot_write(folder, error) from error
 
     def _write_model(self, folder: Path) -> None:
         config = self.recipe.model_config()
@@ -445,27 +437,6 @@ class Trainer:
             if name != "lm_head.weight"
         }
         (folder / "model.safetensors").write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
-
-
-def write_safely(path: Path, content: bytes) -> None:
-    """Write under another name, flush to disk, then rename, so that `path` is always whole."""
-    temporary = path.with_name(path.name + ".writing")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> SpringtideError:
-    return SpringtideError(
-        f"{path} cannot be written ({error.strerror}): make room there and run the same command again; "
-        "it continues from the last checkpoint."
-    )
 
 
 # -- the loop --------------------------------------------------------------------------------------------
@@ -486,10 +457,7 @@ def train_pocket(
     before it interrupts.
     """
     books = read_corpus(corpus, hold_out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_write(out, error) from error
+    make_folder(out)
     run(Trainer(books, out, minutes=minutes, seed=seed, recipe=Recipe()))
 
 
@@ -498,15 +466,18 @@ def run(trainer: Trainer, checkpoint_seconds: float = 180, log_seconds: float = 
     if trainer.resume():
         log.info("continuing at step %d, minute %.1f", trainer.progress.step, trainer.progress.elapsed / 60)
     records = trainer.out / "train_log.jsonl"
+    rewind(records, trainer.progress.step)
     saved = logged = trainer.progress.elapsed
-    with _interruption() as interrupted, _bar(trainer) as bar:
+    done, total = round(trainer.progress.elapsed / 60, 3), round(trainer.seconds / 60, 3)
+    form = "{l_bar}{bar}| {n:.1f}/{total:.0f} min {postfix}"
+    with interruption() as interrupted, progress_bar(total, done, "min", form) as bar:
         while not trainer.done:
-            record = trainer.step()
+            values = trainer.step()
             elapsed = trainer.progress.elapsed
             bar.update(round(elapsed / 60 - bar.n, 3))
             if elapsed - logged >= log_seconds:
                 logged = elapsed
-                _record(records, record, bar)
+                record(records, values, bar, ("length", "text_loss", "exact"))
             if trainer.curriculum.advance(trainer.progress):
                 log.info("length %d", trainer.recipe.stages[trainer.progress.stage].length)
             if interrupted.is_set():
@@ -521,74 +492,13 @@ def run(trainer: Trainer, checkpoint_seconds: float = 180, log_seconds: float = 
     plot(records, trainer.out / "training.png")
 
 
-def _bar(trainer: Trainer) -> tqdm[Any]:
-    return tqdm(
-        total=round(trainer.seconds / 60, 3),
-        initial=round(trainer.progress.elapsed / 60, 3),
-        unit="min",
-        bar_format="{l_bar}{bar}| {n:.1f}/{total:.0f} min {postfix}",
-        disable=not sys.stderr.isatty(),
-    )
-
-
-def _record(records: Path, record: dict[str, float], bar: tqdm[Any]) -> None:
-    line = json.dumps(record)
-    try:
-        with records.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise _cannot_write(records, error) from error
-    bar.set_postfix({key: record[key] for key in ("length", "text_loss", "exact")})
-    if bar.disable:
-        log.info(line)
-
-
-@contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that the step in progress is finished; a second interrupts."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def handle(*_: object) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 def plot(records: Path, picture: Path) -> None:
     """Text loss, and exact match by length, over minutes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    if not records.exists():
-        return
-    rows = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True)
+    rows = read_records(records)
     minutes = [row["seconds"] / 60 for row in rows]
-    top.plot(minutes, [row["text_loss"] for row in rows])
-    top.set_ylabel("text loss (nats a token)")
-    bottom.plot(minutes, [row["copied"] for row in rows], color="black", linestyle=":", label="copying")
+    exact = {"copying": (minutes, [row["copied"] for row in rows])}
     for length in sorted({row["length"] for row in rows}):
         plain = [row for row in rows if row["length"] == length and not row["gaps"]]
-        times = [row["seconds"] / 60 for row in plain]
-        bottom.plot(times, [row["exact"] for row in plain], label=str(length))
-    bottom.set_ylabel("exact match")
-    bottom.set_xlabel("minutes")
-    bottom.legend(ncols=2)
-    figure.tight_layout()
-    try:
-        figure.savefig(picture, dpi=120)
-    except OSError as error:
-        raise _cannot_write(picture, error) from error
-    finally:
-        pyplot.close(figure)
+        exact[str(length)] = ([row["seconds"] / 60 for row in plain], [row["exact"] for row in plain])
+    text = {"text": (minutes, [row["text_loss"] for row in rows])}
+    draw(picture, "minutes", {"text loss (nats a token)": text, "exact match": exact})

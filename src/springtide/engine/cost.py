@@ -1,0 +1,118 @@
+"""What a pass of several rows costs on this machine: measured once for each model and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from bisect import bisect
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import springtide
+from springtide.attention.policy import Policy
+from springtide.engine.cache import Cache
+from springtide.engine.rows import Segment
+from springtide.engine.stack import Stack
+from springtide.kernels import native
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+CONTEXT = 384  # tokens in the cache
+PASSES = 8  # timed for each number of rows
+FILE = Path.home() / ".cache" / "springtide" / "costs.json"
+
+
+def cost_of_rows(stack: Stack, policy: Policy) -> Callable[[float], float]:
+    """Milliseconds of a pass (forward and LM head) after a short context, by its number of rows.
+
+    Measured at ``ROWS`` rows, with straight lines through the points, when this machine has not seen the model under
+    the policy (resolved) before, and kept in ``~/.cache/springtide/costs.json``.
+    """
+    known, name = _read(), key(stack, policy)
+    if not _sound(known.get(name)):
+        known[name] = measure(stack, policy)
+        _write(_read() | {name: known[name]})  # read again: another process may have written meanwhile
+    return lines(ROWS, known[name])
+
+
+def key(stack: Stack, policy: Policy) -> str:
+    """Everything that a cost depends on."""
+    device, level = stack.device, native.level()
+    return ", ".join(
+        (
+            f"{stack.model.config.model_type} {stack.fingerprint} of {stack.spec.num_layers} layers",
+            torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            str(stack.model.dtype).removeprefix("torch."),
+            f"{torch.get_num_threads()} threads",
+            f"{level.name if level else 'torch'} kernels",
+            f"springtide {springtide.__version__}",
+            repr(policy),
+        )
+    )
+
+
+def measure(stack: Stack, policy: Policy) -> list[float]:
+    """Milliseconds of a pass at each of ``ROWS``, the best of several by turns: what else runs only adds to them."""
+    context = max(1, min(CONTEXT, stack.spec.context_limit - max(ROWS)))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(stack.spec.vocab_size, (context + max(ROWS),), generator=generator).tolist()
+    cache, seconds = stack.new_cache(), {rows: list[float]() for rows in ROWS}
+    prompt = Segment.chain(cache, 0, tokens[:context], decoding=False, state=None, device=stack.device)
+    stack.forward([prompt], Policy())
+    cache.commit(0, list(range(context)))
+    for rows in tqdm(ROWS * PASSES, desc="timing passes", leave=False, disable=None, delay=2):
+        start = time.perf_counter()
+        _pass(stack, policy, cache, tokens[context : context + rows])
+        seconds[rows].append(time.perf_counter() - start)
+    return list(accumulate((1e3 * min(seconds[rows]) for rows in ROWS), max))  # more rows never cost less
+
+
+def _pass(stack: Stack, policy: Policy, cache: Cache, tokens: list[int]) -> None:
+    """A pass over a binary draft tree, none of which stays in the cache."""
+    parents = [(row - 1) // 2 for row in range(len(tokens))]  # row 0 follows the prefix: -1
+    state = policy.new_state(exact=cache.length)
+    segment = Segment(cache, cache.length, tokens, parents, decoding=True, state=state, device=stack.device)
+    stack.logits(stack.forward([segment], policy)).argmax(-1).tolist()
+
+
+def lines(xs: Sequence[float], ys: Sequence[float]) -> Callable[[float], float]:
+    """Straight lines through points, going on beyond the first and the last one; ``xs`` ascend."""
+
+    def value(x: float) -> float:
+        right = min(max(bisect(xs, x), 1), len(xs) - 1)
+        slope = (ys[right] - ys[right - 1]) / (xs[right] - xs[right - 1])
+        return ys[right - 1] + slope * (x - xs[right - 1])
+
+    return value
+
+
+def _sound(costs: Any) -> bool:
+    return isinstance(costs, list) and len(costs) == len(ROWS) and all(isinstance(x, float) and x > 0 for x in costs)
+
+
+def _read() -> dict[str, Any]:
+    """The costs that were kept; none if the file is missing or broken, since they can be measured again."""
+    try:
+        content = json.loads(FILE.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(costs: dict[str, Any]) -> None:
+    temporary = FILE.with_name(f"{FILE.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        FILE.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, FILE)
+    except OSError:
+        pass  # where nothing can be kept, costs are measured each time
+    finally:
+        if temporary.exists():
+            temporary.unlink()

@@ -1,0 +1,41 @@
+"""Sequences pass by pass, and what their caches should hold."""
+
+from __future__ import annotations
+
+import torch
+
+from springtide.attention.policy import Policy
+from springtide.engine.loop import Loop
+from springtide.engine.rows import Segment
+
+
+def steps(engine, sequence, **options):
+    """Run a sequence to its end; yields after every pass. ``options`` are the loop's."""
+    loop = Loop(engine.stack, engine.policy, engine.drafter, engine.eos, **options)
+    while sequence.finish_reason is None:
+        loop.step([sequence])
+        yield
+
+
+def prefilled(engine, tokens):
+    """Keys and values of ``tokens`` as a dense prompt, one pair a layer."""
+    segment = Segment.chain(engine.stack.new_cache(), 0, tokens, decoding=False, state=None)
+    engine.stack.forward([segment], Policy())
+    return [segment.cache.read(layer, 0, len(tokens)) for layer in range(engine.stack.spec.num_layers)]
+
+
+def check_cache(engine, sequence):
+    """The cache of an fp64 sequence is what a dense prompt of its tokens would have written."""
+    length = sequence.cache.length
+    assert length == len(sequence.tokens) - 1
+    for layer, expected in enumerate(prefilled(engine, sequence.tokens[:length])):
+        for got, wanted in zip(sequence.cache.read(layer, 0, length), expected, strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
+
+
+@torch.inference_mode()
+def poison(cache, layers):
+    """Make everything that is not committed unusable."""
+    for layer in range(layers):
+        for part in cache.read(layer, cache.length, 10**6):
+            part.fill_(torch.nan)
