@@ -211,7 +211,25 @@ def test_the_joint_loss_adds_the_targets_own():
         own = F.cross_entropy(objective.model(TOKENS).logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
     heads = sum(DECAY ** (k + 1) * each for k, each in enumerate(naive_loss(objective)))
     assert metrics["loss_lm"] == pytest.approx(own.item())
-    assert loss.item() == pytest.approx(own.item() + 0.2 * heads, rel=1e-4)
+    assert loss.item() == pytest.approx(own.item() + heads, rel=1e-4)
+
+
+def gradients(objective, loss):
+    """Of the heads' parameters, and of the adapter's."""
+    groups = [group["params"] for group in objective.parameter_groups()]
+    return [torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True) for own in groups]
+
+
+def test_the_target_learns_what_heads_ask_of_it_at_their_weight_and_heads_at_full_weight():
+    objective = perturbed(medusa2())
+    objective.step = 2
+    loss, _ = objective.loss(TOKENS)
+    hidden = objective.read(TOKENS)
+    own = F.cross_entropy(objective.decode(hidden)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+    heads, _ = objective.heads_loss(hidden, TOKENS)
+    of_heads, of_adapter = gradients(objective, loss)
+    torch.testing.assert_close(of_heads, gradients(objective, heads)[0], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(of_adapter, gradients(objective, own + 0.2 * heads)[1], atol=1e-5, rtol=1e-3)
 
 
 def test_distilled_text_keeps_the_targets_distribution():
@@ -227,7 +245,11 @@ def test_distilled_text_keeps_the_targets_distribution():
     divergence = (was.exp() * (was - now)).sum(-1).mean()
     heads = sum(DECAY ** (k + 1) * each for k, each in enumerate(naive_loss(objective)))
     assert metrics["loss_lm"] == pytest.approx(divergence.item(), rel=1e-6) and divergence > 1e-3
-    assert loss.item() == pytest.approx(divergence.item() + 0.01 * math.sin(math.pi / 4) * heads, rel=1e-4)
+    assert loss.item() == pytest.approx(divergence.item() + heads, rel=1e-4)
+    hidden = objective.read(TOKENS)
+    own = F.kl_div(objective.decode(hidden).log_softmax(-1), was, log_target=True, reduction="none").sum(-1).mean()
+    wanted = own + 0.01 * math.sin(math.pi / 4) * objective.heads_loss(hidden, TOKENS)[0]
+    torch.testing.assert_close(gradients(objective, loss)[1], gradients(objective, wanted)[1], atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

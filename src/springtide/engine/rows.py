@@ -110,8 +110,9 @@ class Segment:
     @property
     def _ancestors(self) -> Tensor:
         """bool ``[n, n]``: the ancestors of each row, and the row itself."""
-        mask = torch.eye(self.rows, dtype=torch.bool)
+        seen: list[list[bool]] = []
         for row, parent in enumerate(self.parents):
-            if parent != PREFIX:
-                mask[row] |= mask[parent]
-        return mask.to(self.device)
+            own = [False] * self.rows if parent == PREFIX else list(seen[parent])
+            own[row] = True
+            seen.append(own)
+        return torch.tensor(seen, device=self.device)

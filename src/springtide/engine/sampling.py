@@ -81,15 +81,15 @@ def sample(logits: Tensor, sampling: Sampling, history: Sequence[int], position:
     depends on nothing but seed and position, so that drafting and batching do not change it.
     """
     if sampling.temperature == 0.0:
-        return int(_penalised(logits.double(), sampling.repetition_penalty, history).argmax())
+        return int(_penalised(logits, sampling.repetition_penalty, history).argmax())
     log_probs = distribution(logits, sampling, history)
     return int((log_probs.cpu() + gumbel(len(logits), sampling.seed, position)).argmax())
 
 
 def distribution(logits: Tensor, sampling: Sampling, history: Sequence[int]) -> Tensor:
     """Log-probabilities ``[V]`` (fp64) that a token is drawn from after ``history``; the temperature is above 0."""
-    logits = _penalised(logits.double(), sampling.repetition_penalty, history)
-    return filtered(logits / sampling.temperature, sampling)
+    logits = _penalised(logits, sampling.repetition_penalty, history)
+    return filtered(logits.double() / sampling.temperature, sampling)
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -115,6 +115,6 @@ def gumbel(size: int, seed: int, position: int) -> Tensor:
 def _penalised(logits: Tensor, penalty: float, history: Sequence[int]) -> Tensor:
     if penalty == 1.0:
         return logits
-    seen = torch.tensor(sorted(set(history)), device=logits.device)
+    seen, logits = torch.tensor(sorted(set(history)), device=logits.device), logits.double()
     values = logits[seen]
     return logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))

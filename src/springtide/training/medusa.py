@@ -206,13 +206,14 @@ class Medusa2Objective(MedusaObjective):
         """The heads' loss at first, then ``L_LM + lambda_0 * sum_k 0.8^k CE_k``; one step of training a call.
 
         For distilled text ``L_LM`` is ``KL(original || adapted)``, the original being the target without its adapter.
+        ``lambda_0`` weighs what the heads ask of the target. They themselves learn at full weight: AdamW's steps would
+        be the same in the long run, but at a weight that falls they stand still.
         """
         share = (self.step / self.steps - HEADS_FIRST) / (1 - HEADS_FIRST)
         self.step += 1
         if share < 0:
             return super().loss(tokens)
         hidden = self.read(tokens)
-        heads, metrics = self.heads_loss(hidden, tokens)
         logits = self.decode(hidden)
         if self.distilled:
             with torch.no_grad(), self.adapted.disable_adapter():
@@ -222,4 +223,6 @@ class Medusa2Objective(MedusaObjective):
         else:
             own = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
             weight = HEADS_WEIGHT
-        return own + weight * heads, {"loss_lm": own.item(), **metrics}
+        weighted = weight * hidden
+        heads, metrics = self.heads_loss(weighted + (hidden - weighted).detach(), tokens)
+        return own + heads, {"loss_lm": own.item(), **metrics}
