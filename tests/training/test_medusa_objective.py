@@ -268,6 +268,7 @@ def test_a_resumed_run_goes_on_as_it_was():
     assert first.loss(TOKENS)[1] == second.loss(TOKENS)[1]
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's, of transformers
 def test_the_adapter_is_saved_in_pefts_format(tmp_path):
     peft = pytest.importorskip("peft")
     objective = perturbed(medusa2(dtype=torch.float32))
