@@ -16,6 +16,7 @@ from springtide.attention.calibration import read_calibration
 from springtide.attention.policy import Policy
 from springtide.drafting import ADAPTER, find_drafter, find_folder
 from springtide.drafting.drafter import Drafter
+from springtide.drafting.guesser import Guesser
 from springtide.engine.cost import cost_of_rows
 from springtide.engine.engine import Engine
 from springtide.engine.stack import check_supported
@@ -85,7 +86,7 @@ def drafting(engine: Engine, draft: str | Path | Drafter) -> Engine:
             )
         draft = find_drafter(draft, folder)
     drafted = engine.drafting(draft)
-    if hasattr(drafted.drafter, "tuned"):
+    if isinstance(drafted.drafter, Guesser):  # rows' cost takes a second to measure
         drafted.drafter = drafted.drafter.tuned(cost_of_rows(engine.stack, engine.policy))
     return drafted
 

@@ -8,7 +8,7 @@ target's own head. Real rows never see them, so that the target's answers are as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,14 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from springtide.drafting.drafter import Drafter, Pass, Target
+from springtide.drafting.drafter import Pass, Target
 from springtide.drafting.folder import check_base, read_folder, write_folder
-from springtide.drafting.shape import Accuracy, Shape, best, grow, typical
+from springtide.drafting.guesser import Guesser
 from springtide.drafting.tree import TokenTree
 from springtide.engine.rows import Segment
 from springtide.errors import SpringtideError
-
-NODES = 16  # of a tree whose shape nobody chose
 
 
 @dataclass
@@ -41,15 +39,15 @@ class Pseudo:
 
 
 @dataclass(frozen=True, eq=False)
-class HiddenTransfer(Drafter):
+class HiddenTransfer(Guesser):
     """Map ``k``, from 1, guesses the token ``k + 1`` places ahead of a row; the target itself knows the next one.
 
     Attributes:
         weight, bias: ``[K, hidden, hidden]`` and ``[K, hidden]`` of the K linear maps, of any floating dtype.
         layers: for each map the layer whose input it reads and adds to, ascending.
         num_layers, vocab_size, base: the target's number of layers, vocabulary and fingerprint (None: not known).
-        accuracy: how often each guess is right, see :mod:`springtide.drafting.shape`; None if it was not measured.
-        shape: of the trees that are proposed; by default 16 nodes, those that the accuracy favours.
+
+    For the others see :class:`springtide.drafting.guesser.Guesser`.
     """
 
     name: ClassVar[str] = "hidden-transfer"
@@ -60,9 +58,6 @@ class HiddenTransfer(Drafter):
     num_layers: int
     vocab_size: int
     base: str | None = None
-    accuracy: Accuracy | None = None
-    shape: Shape | None = None
-    target: Target | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -76,7 +71,7 @@ class HiddenTransfer(Drafter):
                 config["num_layers"],
                 config["vocab_size"],
                 config["base"],
-                config["accuracy"],
+                accuracy=config["accuracy"],
             )
             whole = drafter._config == config and drafter._fits
         except (KeyError, TypeError, ValueError):
@@ -124,21 +119,17 @@ class HiddenTransfer(Drafter):
             weight=self.weight.to(target.model.device, target.model.dtype),
             bias=self.bias.to(target.model.device, target.model.dtype),
             base=target.fingerprint,
-            shape=self.shape or grow(self._accuracy, NODES),
+            shape=self.favoured,
             target=target,
         )
 
-    def tuned(self, cost: Callable[[int], float]) -> Self:
-        """The drafter with the tree that commits the most for its cost: ``cost(n)`` is the time of a pass of n rows.
-
-        A pseudo row counts as much as the share of the layers that it runs through.
-        """
-        rows = 1 + sum(1 - layer / self.num_layers for layer in self.layers)
-        return replace(self, shape=best(self._accuracy, lambda nodes: cost(math.ceil(nodes * rows))))
-
     @property
-    def _accuracy(self) -> Accuracy:
-        return self.accuracy or typical(len(self.layers))
+    def steps(self) -> int:
+        return len(self.layers)
+
+    def rows(self, nodes: int) -> int:
+        """A pseudo row counts as much as the share of the layers that it runs through."""
+        return math.ceil(nodes * (1 + sum(1 - layer / self.num_layers for layer in self.layers)))
 
     def new_state(self) -> Pseudo:
         return Pseudo()

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from springtide.drafting import formats
-from springtide.drafting.drafter import Drafter, Target
+from springtide.drafting.drafter import Target
 from springtide.drafting.folder import check_base
-from springtide.drafting.shape import Accuracy, Shape, best, grow, typical
+from springtide.drafting.guesser import Guesser
 from springtide.drafting.tree import TokenTree
 from springtide.engine.rows import Segment
 from springtide.errors import SpringtideError
 from springtide.kernels import native
-
-NODES = 16  # of a tree whose shape nobody chose
 
 
 class Heads(nn.Module):
@@ -81,15 +79,15 @@ class Last:
 
 
 @dataclass(frozen=True, eq=False)
-class Medusa(Drafter):
+class Medusa(Guesser):
     """Head ``k``, from 1, guesses the token ``k + 1`` places ahead of a row; the target itself knows the next one.
 
     Attributes:
         heads: the heads, of any floating dtype.
         vocab_size, base: the target's vocabulary and fingerprint (None: not known).
         base_model: the target's name, which the original layout wants.
-        accuracy: how often each guess is right, see :mod:`springtide.drafting.shape`; None if it was not measured.
-        shape: of the trees that are proposed; by default 16 nodes, those that the accuracy favours.
+
+    For the others see :class:`springtide.drafting.guesser.Guesser`.
     """
 
     name: ClassVar[str] = "medusa"
@@ -98,9 +96,6 @@ class Medusa(Drafter):
     vocab_size: int
     base: str | None = None
     base_model: str | None = None
-    accuracy: Accuracy | None = None
-    shape: Shape | None = None
-    target: Target | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -111,7 +106,8 @@ class Medusa(Drafter):
         config, tensors = formats.read(folder)
         try:
             heads = Heads(tensors["weight"], tensors["bias"], tensors.get("lm_heads"))
-            drafter = cls(heads, config["vocab_size"], config["base"], config.get("base_model"), config["accuracy"])
+            own = (config["vocab_size"], config["base"], config.get("base_model"))
+            drafter = cls(heads, *own, accuracy=config["accuracy"])
             sizes = (config["drafter"], config["hidden_size"])
             whole = drafter._fits and sizes == (cls.name, heads.weight.shape[-1])
         except (KeyError, TypeError, ValueError):
@@ -155,16 +151,11 @@ class Medusa(Drafter):
     def resolve(self, target: Target) -> Self:
         check_base(self._config, target)
         heads = deepcopy(self.heads).requires_grad_(False).to(target.model.device, target.model.dtype)
-        shape = self.shape or grow(self._accuracy, NODES)
-        return replace(self, heads=heads, base=target.fingerprint, shape=shape, target=target)
-
-    def tuned(self, cost: Callable[[int], float]) -> Self:
-        """The drafter with the tree that commits the most for its cost: ``cost(n)`` is the time of a pass of n rows."""
-        return replace(self, shape=best(self._accuracy, cost))
+        return replace(self, heads=heads, base=target.fingerprint, shape=self.favoured, target=target)
 
     @property
-    def _accuracy(self) -> Accuracy:
-        return self.accuracy or typical(self.heads.count)
+    def steps(self) -> int:
+        return self.heads.count
 
     def new_state(self) -> Last:
         return Last()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 from copy import copy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, overload
 
 import torch
@@ -19,6 +20,7 @@ from springtide.attention.policy import Policy
 from springtide.drafting.drafter import Drafter
 from springtide.engine.governor import Governor
 from springtide.engine.loop import Loop
+from springtide.engine.rows import PromptEmbeds
 from springtide.engine.sampling import Sampling
 from springtide.engine.scheduler import Scheduler
 from springtide.engine.sequence import FinishReason, Sequence, Stats
@@ -162,19 +164,27 @@ class Engine:
         *,
         prefill: int | None = None,
         reuse: Sequence | None = None,
+        embeds: PromptEmbeds | None = None,
     ) -> Sequence:
         """A sequence that will complete ``tokens``.
 
         Args:
             prefill: how many tokens are computed as a prompt; the rest is decoded like generated ones (default: all).
             reuse: an earlier sequence whose cache is taken over as far as its tokens agree; it is not usable after.
+            embeds: vectors in place of the first tokens, which may be any.
+
+        Raises SpringtideError for a prompt that is empty or too long, tokens that do not exist, and vectors that do not
+        fit the model or have no token after them.
         """
         limit, vocab = self.stack.spec.context_limit, self.stack.spec.vocab_size
         if not tokens:
             raise SpringtideError("The prompt is empty; give at least one token.")
-        if len(tokens) >= limit:
+        if embeds is not None:
+            _check_embeds(embeds, len(tokens), self.stack.spec.hidden_size)
+        span = len(tokens) + (0 if embeds is None else embeds.gaps)
+        if span >= limit:
             raise SpringtideError(
-                f"The prompt has {len(tokens)} tokens, but the model's context holds {limit}, "
+                f"The prompt has {span} tokens, but the model's context holds {limit}, "
                 "one of them to generate; shorten the prompt."
             )
         if min(tokens) < 0 or max(tokens) >= vocab:
@@ -183,11 +193,13 @@ class Engine:
         if reuse is None:
             cache, state = self.stack.new_cache(), self.policy.new_state(exact=0)
         else:
-            reuse.cache.crop(_common_prefix(reuse.tokens, tokens[:-1]))
+            reuse.cache.crop(_common_prefix(reuse.tokens, tokens[:-1]) if reuse.embeds is embeds else 0)
             cache = reuse.cache
             state = self.policy.new_state(exact=min(reuse.state.exact, cache.length))
         draft = self.drafter.new_state()
-        return Sequence(list(tokens), cache, state, draft, sampling, prefill_end=prefill, output_start=len(tokens))
+        return Sequence(
+            list(tokens), cache, state, draft, sampling, prefill_end=prefill, output_start=len(tokens), embeds=embeds
+        )
 
     def read(self, tokens: List[int]) -> Sequence:
         """A sequence whose cache holds ``tokens``, computed densely, for :meth:`start` to reuse under any policy."""
@@ -292,6 +304,20 @@ def _check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise SpringtideError("The prompt holds bytes that are not UTF-8 text; convert it first.") from None
+
+
+def _check_embeds(embeds: PromptEmbeds, tokens: int, hidden_size: int) -> None:
+    """Raise SpringtideError unless vectors, positions and tokens fit together."""
+    if embeds.vectors.shape != (len(embeds), hidden_size):
+        raise SpringtideError(
+            f"The {len(embeds)} rows that are given as vectors must be [{len(embeds)}, {hidden_size}] for this model, "
+            f"but are {list(embeds.vectors.shape)}."
+        )
+    if len(embeds) >= tokens:
+        raise SpringtideError("A prompt must have a token after the rows that are given as vectors.")
+    steps = pairwise((-1, *embeds.positions, embeds.end))
+    if not all(before < after for before, after in steps):
+        raise SpringtideError("Positions of rows that are given as vectors must ascend, from 0, and end before `end`.")
 
 
 def _check_calibration(spec: ModelSpec) -> None:

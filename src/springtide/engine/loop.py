@@ -82,6 +82,7 @@ class Loop:
             state=sequence.state,
             outputs=len(tree.tokens),
             draft=sequence.draft,
+            embeds=sequence.embeds,
             device=self.stack.device,
         )
         return segment, tree
@@ -96,6 +97,7 @@ class Loop:
             state=sequence.state,
             outputs=int(last),
             draft=sequence.draft,
+            embeds=sequence.embeds,
             device=self.stack.device,
         )
         return segment, TokenTree.single(tokens[-1]) if last else None
@@ -110,7 +112,7 @@ class Loop:
         """How deep a tree may be: no further than the next refresh, the request's end and the context limit."""
         limits = [
             sequence.output_start + sequence.sampling.max_tokens - len(sequence.tokens),
-            self.stack.spec.context_limit - len(sequence.tokens),
+            self.stack.spec.context_limit - sequence.span,
         ]
         headroom = self.policy.headroom(sequence.state, sequence.cache.length)
         if headroom is not None:
@@ -144,7 +146,7 @@ class Loop:
             sequence.tokens.append(token)
             if token in self.eos and not sequence.sampling.ignore_eos:
                 sequence.finish_reason = "stop"
-            elif len(sequence.output) >= sequence.sampling.max_tokens or len(sequence.tokens) >= limit:
+            elif len(sequence.output) >= sequence.sampling.max_tokens or sequence.span >= limit:
                 sequence.finish_reason = "length"
             if sequence.finish_reason is not None:
                 break

@@ -19,6 +19,33 @@ from springtide.kernels.visible import Visible
 PREFIX = -1  # the parent of a row that follows the prefix directly
 
 
+@dataclass(frozen=True, eq=False)
+class PromptEmbeds:
+    """The first rows of a prompt, given as vectors instead of tokens: those of an image, for example.
+
+    Attributes:
+        vectors: ``[n, hidden]``, what layer 0 reads.
+        positions: of the rows, ascending; there may be gaps, where rows were left out.
+        end: the position of the first token after them.
+    """
+
+    vectors: Tensor
+    positions: tuple[int, ...]
+    end: int
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def gaps(self) -> int:
+        """Positions that no row has."""
+        return self.end - len(self)
+
+    def position(self, place: int) -> int:
+        """The position of a token that ``place`` others come before."""
+        return self.positions[place] if place < len(self) else place + self.gaps
+
+
 @dataclass
 class Segment:
     """Rows of one sequence.
@@ -29,7 +56,8 @@ class Segment:
     that follows. ``state`` is the policy's own and ``draft`` the drafter's, one per sequence. ``bytes_read`` counts
     what the policy reads of the cache; ``meter``, if any, is called with every sparse read.
 
-    The rows are those of ``tokens`` first, then those that :meth:`grow` added, which stand for no token.
+    The rows are those of ``tokens`` first, then those that :meth:`grow` added, which stand for no token. ``embeds`` may
+    give the first rows of the sequence as vectors; their tokens then only hold their places.
     """
 
     cache: Cache
@@ -40,6 +68,7 @@ class Segment:
     state: Any
     outputs: int = 0
     draft: Any = None
+    embeds: PromptEmbeds | None = None
     bytes_read: int = 0
     device: torch.device | str = "cpu"
     meter: Callable[..., None] | None = None
@@ -85,19 +114,24 @@ class Segment:
     @property
     def positions(self) -> list[int]:
         """Position of each row in its sequence."""
+        return self._places if self.embeds is None else [self.embeds.position(place) for place in self._places]
+
+    @property
+    def _places(self) -> list[int]:
+        """How many tokens each row follows."""
         return [self.prefix + depth for depth in self.depths]
 
     def seen(self, window: int | None = None, start: int = 0) -> Visible:
         """What the rows see of slots ``start .. length``, counted from ``start``.
 
-        ``window`` hides positions that are ``window`` or more before the row's own (a sliding-window layer).
+        ``window`` hides tokens that are ``window`` or more before the row's own (a sliding-window layer).
         """
         if (window, start) not in self._seen:
             self._seen[window, start] = self._see(window, start)
         return self._seen[window, start]
 
     def _see(self, window: int | None, start: int) -> Visible:
-        own = torch.tensor(self.positions, dtype=torch.int32, device=self.device)
+        own = torch.tensor(self._places, dtype=torch.int32, device=self.device)
         low = tail = None
         if window is not None and self.length - start > window:
             low = (own - (window - 1 + start)).clamp(min=0)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from springtide.attention.policy import State
 from springtide.engine.cache import Cache
+from springtide.engine.rows import PromptEmbeds
 from springtide.engine.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -40,7 +41,8 @@ class Stats:
 class Sequence:
     """Tokens, their cache and the policy's state: everything that is needed to go on, in one place.
 
-    ``state`` is the policy's and ``draft`` the drafter's. ``tokens[:cache.length]`` are in the cache. Tokens before
+    ``state`` is the policy's and ``draft`` the drafter's. ``embeds`` gives the first rows as vectors; their tokens hold
+    their places. ``tokens[:cache.length]`` are in the cache. Tokens before
     ``prefill_end`` are computed as a prompt; later ones, and all generated ones, as decoding. ``output_start`` is where
     the present request's output begins. Of the tokens that were ``drafted``, ``accepted`` are in the output; it took
     ``passes`` passes after the prompt's. ``from_draft`` says of each token of the output whether it was drafted.
@@ -53,6 +55,7 @@ class Sequence:
     sampling: Sampling
     prefill_end: int
     output_start: int
+    embeds: PromptEmbeds | None = None
     finish_reason: FinishReason | None = None
     text: str = ""
     started: float = field(default_factory=time.perf_counter)
@@ -68,6 +71,11 @@ class Sequence:
     @property
     def output(self) -> list[int]:
         return self.tokens[self.output_start :]
+
+    @property
+    def span(self) -> int:
+        """Positions that the tokens take."""
+        return len(self.tokens) + (0 if self.embeds is None else self.embeds.gaps)
 
     @property
     def prefilling(self) -> bool:

@@ -153,7 +153,10 @@ class Pass:
         """Input of layer 0, ``[R, hidden]``."""
         ids = torch.tensor([token for s in self.segments for token in s.tokens], device=self.stack.device)
         hidden: Tensor = self.stack.model.model.embed_tokens(ids)
-        return hidden * getattr(self.stack.model.config, "embedding_multiplier", 1.0)
+        hidden = hidden * getattr(self.stack.model.config, "embedding_multiplier", 1.0)
+        if all(segment.embeds is None for segment in self.segments):
+            return hidden
+        return torch.cat([_given(s, own) for s, own in zip(self.segments, self.split(hidden), strict=True)])
 
     def run(self, hidden: Tensor, start: int, stop: int) -> Tensor:
         """Take ``hidden [R, hidden]``, the input of layer ``start``, through layers ``start .. stop - 1``."""
@@ -185,6 +188,14 @@ class Pass:
             segment.grow(added)
             self.policy.grown(segment, sources)
         return torch.cat([part for pair in zip(own, new, strict=True) for part in pair])
+
+
+def _given(segment: Segment, hidden: Tensor) -> Tensor:
+    """A segment's input of layer 0, ``[rows, hidden]``: vectors that its prompt gives in place of tokens' own."""
+    if segment.embeds is None:
+        return hidden
+    given = segment.embeds.vectors[segment.prefix : segment.prefix + len(hidden)]
+    return torch.cat([given.to(hidden), hidden[len(given) :]])
 
 
 def attention(

@@ -1,0 +1,49 @@
+"""What drafters with weights share: ranked guesses of each step, arranged in a tree by how often they are right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
+
+from springtide.drafting.drafter import Drafter, Target
+from springtide.drafting.shape import Accuracy, Shape, best, grow, typical
+
+NODES = 16  # of a tree whose shape nobody chose
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Guesser(Drafter):
+    """A drafter that guesses some steps ahead, several tokens for each.
+
+    Attributes:
+        accuracy: how often each guess is right, see :mod:`springtide.drafting.shape`; None if it was not measured.
+        shape: of the trees that are proposed; by default 16 nodes, those that the accuracy favours.
+        target: the model, once it is resolved.
+    """
+
+    accuracy: Accuracy | None = None
+    shape: Shape | None = None
+    target: Target | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many tokens ahead it guesses."""
+        raise NotImplementedError
+
+    def rows(self, nodes: int) -> int:
+        """Rows that cost as much as a pass over a tree of ``nodes`` nodes."""
+        return nodes
+
+    def tuned(self, cost: Callable[[int], float]) -> Self:
+        """The drafter with the tree that commits the most for its cost: ``cost(n)`` is the time of a pass of n rows."""
+        return replace(self, shape=best(self._accuracy, lambda nodes: cost(self.rows(nodes))))
+
+    @property
+    def favoured(self) -> Shape:
+        """Its shape, or the default one."""
+        return self.shape or grow(self._accuracy, NODES)
+
+    @property
+    def _accuracy(self) -> Accuracy:
+        return self.accuracy or typical(self.steps)

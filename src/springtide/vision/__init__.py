@@ -1,0 +1,1 @@
+"""Vision: DependencyViT, and images and scenes to train it on."""
