@@ -11,32 +11,30 @@ GRAIN = 256  # buffers grow to a multiple of this many tokens
 
 
 class Cache:
-    """Per-layer buffers ``[H_kv, capacity, D]`` of post-RoPE keys and of values, in the dtype that the model writes.
+    """Per-layer buffers ``[2, H_kv, capacity, D]`` of post-RoPE keys and values, in the dtype that the model writes.
 
-    Slot ``i < length`` holds the token at position ``i``. A pass writes its rows at the slots that follow its prefix;
+    Slot ``i < length`` holds the sequence's token ``i``. A pass writes its rows at the slots that follow its prefix;
     they count only once :meth:`commit` says so, and the next pass overwrites what was not committed. Writing below
     ``length`` refreshes tokens in place. Head counts and dtype are taken from the first tensors written.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.length = 0
-        self._keys: list[Tensor | None] = [None] * num_layers
-        self._values: list[Tensor | None] = [None] * num_layers
+        self._buffers: list[Tensor | None] = [None] * num_layers
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store rows ``[H_kv, n, D]`` at slots ``start .. start + n``, growing the buffers when needed."""
         stop = start + keys.shape[1]
-        self._keys[layer] = _room(self._keys[layer], stop, keys)
-        self._values[layer] = _room(self._values[layer], stop, values)
+        self._buffers[layer] = _room(self._buffers[layer], stop, keys)
         k, v = self.read(layer, start, stop)
         k.copy_(keys)
         v.copy_(values)
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Views ``[H_kv, stop - start, D]`` of the keys and values in those slots."""
-        keys, values = self._keys[layer], self._values[layer]
-        assert keys is not None and values is not None, "a layer is written before it is read"
-        return keys[:, start:stop], values[:, start:stop]
+        buffer = self._buffers[layer]
+        assert buffer is not None, "a layer is written before it is read"
+        return buffer[0, :, start:stop], buffer[1, :, start:stop]
 
     @torch.inference_mode()
     def commit(self, start: int, kept: list[int]) -> None:
@@ -44,10 +42,13 @@ class Cache:
 
         ``length`` becomes at least ``start + len(kept)``: a refresh below it leaves it as it is.
         """
-        if kept != list(range(len(kept))):
-            for buffer in self._buffers():
-                source = torch.tensor(kept, device=buffer.device) + start
-                buffer[:, start : start + len(kept)] = buffer[:, source]
+        stay = next((i for i, row in enumerate(kept) if i != row), len(kept))  # rows without a gap before them
+        moved = [start + row for row in kept[stay:]]
+        if moved:
+            buffers = [buffer for buffer in self._buffers if buffer is not None]
+            source = torch.tensor(moved, device=buffers[0].device)
+            for buffer in buffers:
+                buffer[:, :, start + stay : start + len(kept)] = buffer.index_select(2, source)
         self.length = max(self.length, start + len(kept))
 
     def crop(self, length: int) -> None:
@@ -56,30 +57,27 @@ class Cache:
 
     def fork(self) -> Cache:
         """An independent copy of the committed tokens."""
-        twin = Cache(len(self._keys))
+        twin = Cache(len(self._buffers))
         twin.length = self.length
-        for layer, keys in enumerate(self._keys):
-            if keys is not None:
+        for layer, buffer in enumerate(self._buffers):
+            if buffer is not None:
                 twin.write(layer, 0, *self.read(layer, 0, self.length))
         return twin
 
     @property
     def nbytes(self) -> int:
         """Bytes that the buffers take."""
-        return sum(buffer.nbytes for buffer in self._buffers())
-
-    def _buffers(self) -> list[Tensor]:
-        return [buffer for buffer in (*self._keys, *self._values) if buffer is not None]
+        return sum(buffer.nbytes for buffer in self._buffers if buffer is not None)
 
 
 def _room(buffer: Tensor | None, needed: int, like: Tensor) -> Tensor:
-    """``buffer`` itself when it holds ``needed`` tokens, else a larger one with the same content."""
-    if buffer is not None and buffer.shape[1] >= needed:
+    """``buffer`` itself when it holds ``needed`` tokens, else a larger one with the same content, for keys ``like``."""
+    if buffer is not None and buffer.shape[2] >= needed:
         return buffer
-    used = 0 if buffer is None else buffer.shape[1]
+    used = 0 if buffer is None else buffer.shape[2]
     capacity = -(-max(needed, used + used // 2) // GRAIN) * GRAIN
-    grown = like.new_empty(like.shape[0], capacity, like.shape[2])
+    grown = like.new_empty(2, like.shape[0], capacity, like.shape[2])
     huge_pages(grown, now=False)
     if buffer is not None:
-        grown[:, :used] = buffer
+        grown[:, :, :used] = buffer
     return grown
