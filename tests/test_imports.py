@@ -62,6 +62,11 @@ def test_attention_and_drafting_do_not_know_each_other():
     assert wrong(["drafting"], forbidden=["attention"]) == []
 
 
+def test_vision_is_a_room_of_its_own():
+    assert wrong(["vision"], allowed=["vision", "errors", "files"]) == []
+    assert wrong(["kernels", "attention", "drafting"], forbidden=["vision"]) == []
+
+
 def test_rows_and_cache_know_neither_policies_nor_drafters():
     low = [f"engine.{name}" for name in ("rows", "cache", "spec", "sampling")]
     assert wrong(low, allowed=["errors", "kernels", *low]) == []

@@ -96,6 +96,7 @@ MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the m
 Penalty = Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")]
+Images = Annotated[str, typer.Option("--data", help="scenes, digits, or a folder with one of images for each class.")]
 HeadCount = Annotated[int, typer.Option("--heads", min=1, max=8, help="Heads, that is tokens to guess ahead.")]
 FullHeads = Annotated[
     bool, typer.Option("--full/--shared", help="An LM head for each head, or the model's own for all (smaller).")
@@ -271,6 +272,45 @@ def calibrate(
     print(f"Wrote the first of these to {path}.")
 
 
+@app.command()
+def see(
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    question: Annotated[str, typer.Option(help="What to ask about it.")] = "describe the picture",
+    model: Annotated[str, typer.Option(help="Captioner's folder, or 'pocket' for the bundled one.")] = "pocket",
+    keep: Annotated[float | None, typer.Option(help="Share of the image's tokens to keep (default: all).")] = None,
+    parts: Annotated[int, typer.Option(min=1, help="Parts to cut the foreground into.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Draw tree, saliency, parts and kept tokens to this PNG.")] = None,
+    policy: PolicyText = "dense",
+    draft: Draft = None,
+    json_file: Json = None,
+    device: Device = None,
+) -> None:
+    """Answer a question about an image, and draw what the vision model made of it."""
+    from transformers.utils import logging
+
+    from springtide.captioner import Captioner
+    from springtide.evaluation.report import check_target, write_json
+    from springtide.vision.images import read_image
+    from springtide.vision.page import draw_page
+    from springtide.vision.tree import Grid, look, partitions, saliencies, trees
+
+    check_target(json_file, out)
+    picture = read_image(image)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    captioner = Captioner.load(model, policy=policy, device=device, draft=draft)
+    output = captioner.ask(picture, question, keep)
+    print(output.text)
+    if out:
+        pixels = captioner.pixels(picture)
+        seen, grid = look(captioner.vit, pixels, keep), Grid.of(pixels, captioner.vit.config.patch_size)
+        found = zip(trees(seen, grid.tokens), saliencies(seen, grid), partitions(seen, grid, parts), strict=True)
+        [(tree, salient, cut)] = found
+        draw_page(out, picture, seen, tree, salient, cut, {"image": image.name, question: output.text})
+    if json_file:
+        write_json(json_file, {"question": question, **output.as_json()})
+
+
 @train_app.command("pocket")
 def train_pocket(
     corpus: Annotated[Path, typer.Option(help="Folder of .txt files.")],
@@ -382,6 +422,14 @@ def train_medusa2(
     distilled: Annotated[
         bool, typer.Option("--distilled", help="The model wrote the data, and is to write as before ('self': always).")
     ] = False,
+    heads_weight: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Weight of the heads' loss in the model's: more makes it easier to guess, and less like itself "
+            "(default: 0.2, or 0.01 with --distilled).",
+        ),
+    ] = None,
 ) -> None:
     """Train Medusa heads, then heads and model, which gets a LoRA adapter; goes on where an earlier one stopped."""
     from springtide.training.medusa import Medusa2Objective
@@ -390,10 +438,13 @@ def train_medusa2(
     kept = distilled or training.data == "self"
     _train(
         training,
-        lambda target: Medusa2Objective(target, training.steps, heads, lm_head=kind, distilled=kept),
+        lambda target: Medusa2Objective(
+            target, training.steps, heads, lm_head=kind, distilled=kept, heads_weight=heads_weight
+        ),
         heads=heads,
         full=full,
         distilled=kept,
+        heads_weight=heads_weight,
     )
 
 
@@ -415,6 +466,158 @@ def train_hidden_transfer(
         layers=layers,
         steps_ahead=steps_ahead,
     )
+
+
+@train_app.command("dependency-vit")
+def train_dependency_vit(
+    data: Images,
+    out: Annotated[Path, typer.Option(help="Folder for the model, its checkpoint, log and curves.")],
+    model: Annotated[
+        str | None, typer.Option(help="pocket (the default), tiny or small, or a name that create_model takes.")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Model folder to go on from, such as one of --objective masked.")
+    ] = None,
+    objective: Annotated[
+        Literal["labels", "masked"],
+        typer.Option(help="Learn from labels, or to paint patches that are hidden, which needs none."),
+    ] = "labels",
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels of a side (default: the model's).")] = None,
+    patch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels of a token's side (default: the model's).")
+    ] = None,
+    attention: Annotated[
+        Literal["reversed", "forward"] | None,
+        typer.Option(help="Who chooses: children, or parents as in a plain ViT, a control (default: reversed)."),
+    ] = None,
+    no_head_selector: Annotated[
+        bool, typer.Option("--no-head-selector", help="Control: tokens send by all heads alike.")
+    ] = False,
+    no_controller: Annotated[bool, typer.Option("--no-controller", help="Control: tokens never send less.")] = False,
+    keep: Annotated[
+        float,
+        typer.Option(help="Share of the tokens that is left at the end; trained so, a model does well with more."),
+    ] = 1.0,
+    prune_by: Annotated[
+        Literal["controller", "received", "norm", "random"] | None,
+        typer.Option(help="What tokens are kept for (default: the first of these that the model has)."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of optimization; 0 makes an untrained control.")] = 2000,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 64,
+    lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate, of matrices; others have a fifth.")] = 5e-3,
+    seed: Annotated[int, typer.Option(help="Seed of initial weights, of the data and of what is drawn.")] = 0,
+    json_file: Json = None,
+    device: Device = None,
+) -> None:
+    """Train a DependencyViT, or a control of it; the same command goes on where an earlier one stopped."""
+    import logging
+
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from springtide.evaluation.report import check_target, write_json
+    from springtide.loading import as_device
+    from springtide.training import vision
+    from springtide.training.running import make_folder
+    from springtide.training.trainer import Trainer, new_accelerator, train
+    from springtide.vision.folder import load_config
+
+    check_target(json_file)
+    if objective == "masked" and (keep != 1 or prune_by is not None):
+        raise SpringtideError("--objective masked keeps all tokens; leave out --keep and --prune-by.")
+    shape = {"image_size": image_size, "patch_size": patch_size, "attention": attention}
+    shape |= {"head_selector": False} if no_head_selector else {}
+    shape |= {"controller": False} if no_controller else {}
+    own = {name: value for name, value in shape.items() if value is not None}
+    if start is not None and (own or model is not None):
+        raise SpringtideError(
+            "The model in --from has its sizes and parts already; leave out the options that set them."
+        )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    place = as_device(device)
+    accelerator = new_accelerator(place)
+    config = vision.new_config(model or "pocket", **own) if start is None else load_config(start)
+    images = vision.find_data(data, config.image_size)
+    origin = start and str(start)
+    record = {
+        "objective": objective,
+        "from": origin,
+        "data": data,
+        "steps": steps,
+        "batch": batch,
+        "lr": lr,
+        "seed": seed,
+    }
+    config = vision.adapted(config, images.classes, keep, prune_by, record)
+    make_folder(out)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.manual_seed(seed)  # initial weights are drawn from it
+    learner = vision.new_objective(objective, config, start)
+    learner.model.to(accelerator.device if device is None else place)
+    with _resumable(out):
+        options = {"--from": origin, **vision.identity(config)}
+        trainer = Trainer(
+            learner, vision.Ahead(images), out, steps=steps, batch=batch, lr=lr, seed=seed, options=options
+        )
+        train(trainer)
+        if not accelerator.is_main_process:
+            return
+        result = {"objective": objective, **trainer.finish(*images.held_out(vision.HELD_OUT))}
+    if json_file:
+        write_json(json_file, result)
+    found = "" if result["accuracy"] is None else f", which names {result['accuracy']:.1%} of images held out rightly"
+    print(f"Saved the model in {out}{found}.")
+
+
+@train_app.command("captioner")
+def train_captioner(
+    out: Annotated[Path, typer.Option(help="Folder for the captioner, its checkpoint, log and curves.")],
+    start: Annotated[
+        Path | None, typer.Option("--from", help="DependencyViT's folder to begin with (default: random weights).")
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the language model.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of optimization.")] = 1500,
+    batch: Annotated[int, typer.Option(min=1, help="Scenes in a step.")] = 64,
+    lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate, of matrices; others have a fifth.")] = 5e-3,
+    seed: Annotated[int, typer.Option(help="Seed of initial weights and of the scenes.")] = 0,
+    json_file: Json = None,
+    device: Device = None,
+) -> None:
+    """Train a captioner of synthetic scenes end to end; the same command goes on where an earlier one stopped."""
+    import logging
+
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from springtide.evaluation.report import check_target, write_json
+    from springtide.loading import as_device
+    from springtide.training.captioner import CaptionerObjective, Exchanges, new_tokenizer, starting_vit
+    from springtide.training.running import make_folder
+    from springtide.training.trainer import Trainer, new_accelerator, train
+    from springtide.vision.scenes import Scenes
+
+    check_target(json_file)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    place = as_device(device)
+    accelerator = new_accelerator(place)
+    torch.manual_seed(seed)  # initial weights are drawn from it
+    vit = starting_vit(start).to(accelerator.device if device is None else place)
+    data = Exchanges(new_tokenizer(), Scenes(vit.config.image_size))
+    objective = CaptionerObjective(vit, data, layers)
+    make_folder(out)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = {"--from": start and str(start), "--layers": layers}
+    with _resumable(out):
+        trainer = Trainer(objective, data, out, steps=steps, batch=batch, lr=lr, seed=seed, options=options)
+        train(trainer)
+        if not accelerator.is_main_process:
+            return
+        result = trainer.finish(*data.held_out())
+    if json_file:
+        write_json(json_file, result)
+    print(f"Saved the captioner; ask it with springtide see IMAGE --model {out}")
 
 
 @sweep_app.command("hidden-transfer")
@@ -653,6 +856,72 @@ def eval_drafts(
     drafts.show(found)
     if plot:
         drafts.plot(plot, found)
+
+
+@eval_app.command("captioner")
+def eval_captioner(
+    model: Annotated[str, typer.Option(help="Captioner's folder, or 'pocket' for the bundled one.")] = "pocket",
+    keep: Annotated[str, typer.Option(help="Comma list of shares of the image's tokens to keep.")] = "1,0.36",
+    policy: Policies = "dense",
+    images: Annotated[int, typer.Option(min=1, help="Scenes to ask about, which no training has seen.")] = 200,
+    json_file: Json = None,
+    device: Device = None,
+) -> None:
+    """Right answers about scenes with all image tokens and with some, and what leaving tokens out saves."""
+    from transformers.utils import logging
+
+    from springtide.captioner import Captioner
+    from springtide.evaluation import captioner as evaluation
+    from springtide.evaluation.report import check_target, print_table, write_json
+    from springtide.vision.scenes import Scenes
+
+    check_target(json_file)
+    shares, policies = _shares(keep), _policies(policy, None)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    captioner = Captioner.load(model, device=device)
+    scenes = Scenes(captioner.vit.config.image_size).held_out_scenes(images)
+    steps = evaluation.evaluate(captioner, scenes, shares, policies)
+    rows = list(_progress(steps, len(shares) * len(policies), "asking"))
+    if json_file:
+        write_json(json_file, rows)
+    print_table([{name: row[name] for name in evaluation.SHOWN} for row in rows])
+
+
+@eval_app.command("dependency-vit")
+def eval_dependency_vit(
+    model: Annotated[str, typer.Option(help="Comma list of folders that train dependency-vit wrote.")],
+    data: Images = "scenes",
+    images: Annotated[int, typer.Option(min=1, help="Images held out to measure on, at most.")] = 1000,
+    json_file: Json = None,
+    plot: Plot = None,
+    device: Device = None,
+) -> None:
+    """Accuracy, pruning and cost of DependencyViTs; on scenes saliency and parts too. Seeds of a model go together."""
+    from transformers.utils import logging as transformers_logging
+
+    from springtide.evaluation import vision
+    from springtide.evaluation.report import check_target, write_json
+    from springtide.loading import as_device
+    from springtide.training.vision import find_data
+    from springtide.vision.folder import load_config
+
+    check_target(json_file, plot)
+    folders = list(dict.fromkeys(Path(name.strip()) for name in model.split(",") if name.strip()))
+    if not folders:
+        raise SpringtideError("--model names no folder; give at least one.")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    configs = [load_config(folder) for folder in folders]
+    source = find_data(data, configs[0].image_size)
+    found = _last(
+        vision.evaluate(folders, source, images, as_device(device)), vision.steps(folders, images), "measuring"
+    )
+    if json_file:
+        write_json(json_file, [asdict(row) for row in found])
+    vision.show(found)
+    if plot:
+        vision.plot(plot, found)
 
 
 @bench_app.command("decode")
@@ -897,8 +1166,9 @@ def _train(training: Training, build: Callable[[Stack], Objective], **own: Any) 
         windows, held = training_windows(data, engine, training.length, training.hold_out or (), training.seed)
         torch.manual_seed(training.seed)  # initial weights are drawn from it
         options = {f"--{name.replace('_', '-')}": value for name, value in own.items()}
+        objective = build(engine.stack)
         trainer = Trainer(
-            build(engine.stack),
+            objective,
             windows,
             training.out,
             steps=training.steps,
@@ -910,7 +1180,7 @@ def _train(training: Training, build: Callable[[Stack], Objective], **own: Any) 
         train(trainer)
         if not accelerator.is_main_process:
             return
-        result = trainer.finish(held)
+        result = {"drafter": objective.name, **trainer.finish(held.tokens)}
     if training.json_file:
         write_json(training.json_file, result)
     print_table(
@@ -1064,6 +1334,14 @@ def _numbers(text: str, option: str) -> list[int]:
     if min(numbers) < 1:
         raise SpringtideError(f"{option} must be at least 1, not {min(numbers)}.")
     return numbers
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        found = list(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        raise SpringtideError(f"--keep is '{text}', but it must be numbers joined by commas.") from None
+    return found
 
 
 def _temperatures(text: str) -> list[float]:

@@ -220,8 +220,9 @@ def gradients(objective, loss):
     return [torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True) for own in groups]
 
 
-def test_the_target_learns_what_heads_ask_of_it_at_their_weight_and_heads_at_full_weight():
-    objective = perturbed(medusa2())
+@pytest.mark.parametrize(("given", "weight"), [(None, 0.2), (0.0, 0.0), (0.5, 0.5)])
+def test_the_target_learns_what_heads_ask_of_it_at_their_weight_and_heads_at_full_weight(given, weight):
+    objective = perturbed(medusa2(heads_weight=given))
     objective.step = 2
     loss, _ = objective.loss(TOKENS)
     hidden = objective.read(TOKENS)
@@ -229,11 +230,12 @@ def test_the_target_learns_what_heads_ask_of_it_at_their_weight_and_heads_at_ful
     heads, _ = objective.heads_loss(hidden, TOKENS)
     of_heads, of_adapter = gradients(objective, loss)
     torch.testing.assert_close(of_heads, gradients(objective, heads)[0], atol=1e-5, rtol=1e-3)
-    torch.testing.assert_close(of_adapter, gradients(objective, own + 0.2 * heads)[1], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(of_adapter, gradients(objective, own + weight * heads)[1], atol=1e-5, rtol=1e-3)
 
 
-def test_distilled_text_keeps_the_targets_distribution():
-    objective, original = medusa2(distilled=True), stack().model
+@pytest.mark.parametrize(("given", "weight"), [(None, 0.01), (0.3, 0.3)])
+def test_distilled_text_keeps_the_targets_distribution(given, weight):
+    objective, original = medusa2(distilled=True, heads_weight=given), stack().model
     objective.step = 5
     loss, metrics = objective.loss(TOKENS)
     assert metrics["loss_lm"] == pytest.approx(0, abs=1e-12), "a fresh adapter changes nothing"
@@ -248,7 +250,7 @@ def test_distilled_text_keeps_the_targets_distribution():
     assert loss.item() == pytest.approx(divergence.item() + heads, rel=1e-4)
     hidden = objective.read(TOKENS)
     own = F.kl_div(objective.decode(hidden).log_softmax(-1), was, log_target=True, reduction="none").sum(-1).mean()
-    wanted = own + 0.01 * math.sin(math.pi / 4) * objective.heads_loss(hidden, TOKENS)[0]
+    wanted = own + weight * math.sin(math.pi / 4) * objective.heads_loss(hidden, TOKENS)[0]
     torch.testing.assert_close(gradients(objective, loss)[1], gradients(objective, wanted)[1], atol=1e-6, rtol=1e-3)
 
 

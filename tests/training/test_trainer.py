@@ -67,7 +67,7 @@ COUNTING = Windows((torch.arange(40)[:, None] * 7 + torch.arange(16) * 5) % 97)
 
 
 def trainer(out: Path, objective: Toy | None = None, steps: int = 12, **options) -> Trainer:
-    return Trainer(objective or Toy(), options.pop("windows", COUNTING), out, steps=steps, **{"batch": 4, **options})
+    return Trainer(objective or Toy(), options.pop("data", COUNTING), out, steps=steps, **{"batch": 4, **options})
 
 
 def test_it_learns_and_shows_it(tmp_path):
@@ -81,11 +81,36 @@ def test_it_learns_and_shows_it(tmp_path):
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]
     assert list(records[0]) == ["step", "seconds", "tokens_per_second", "loss", "loss_1", "top1_1"]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-    result = subject.finish(COUNTING)
+    result = subject.finish(COUNTING.tokens)
     assert result["accuracy"] == objective.accuracy
-    assert (result["drafter"], result["parameters"], result["tokens"]) == ("toy", 32 * 97, 40 * 4 * 16)
+    assert (result["parameters"], result["tokens"], result["held_out_tokens"]) == (32 * 97, 40 * 4 * 16, 40 * 16)
     assert (out / "drafter.txt").read_text() == str(objective.accuracy)
     assert all(torch.equal(tensor, before[name]) for name, tensor in objective.model.state_dict().items())
+
+
+class Pairs:
+    """Numbers and their squares."""
+
+    unit, sample_size, digest = "numbers", 1, "squares"
+
+    def batch(self, step, size, seed):
+        numbers = torch.arange(step, step + size).float() / 10
+        return numbers, numbers**2
+
+
+def test_a_batch_of_several_tensors(tmp_path):
+    objective = Toy()
+
+    def loss(numbers, squares):
+        return (numbers[:, None] * objective.head.weight[:1] - squares[:, None]).square().mean(), {"top1": 0.5}
+
+    objective.loss, objective.calibrate = loss, lambda *held_out: None
+    subject = trainer(tmp_path, objective, data=Pairs())
+    train(subject)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert list(records[0]) == ["step", "seconds", "numbers_per_second", "loss", "top1"]
+    result = subject.finish(torch.zeros(5), torch.zeros(5))
+    assert (result["numbers"], result["held_out_numbers"]) == (12 * 4, 5)
 
 
 def test_the_rate_warms_up_and_falls_to_nothing(tmp_path):
@@ -94,7 +119,7 @@ def test_the_rate_warms_up_and_falls_to_nothing(tmp_path):
     while not subject.done:
         scales.append(subject.lr_scale)
         subject.step()
-        assert subject.optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * scales[-1])
+        assert subject.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * scales[-1])
     assert scales[:3] == pytest.approx([1 / 3, 2 / 3, 1], abs=0.01)
     assert scales[3:] == sorted(scales[3:], reverse=True)
     assert 0 < scales[-1] < 0.01
@@ -111,6 +136,23 @@ def test_a_rate_that_is_given_is_the_highest(tmp_path):
     assert trainer(tmp_path, objective, lr=1.0).peak_lrs == [1.0, 0.25]
 
 
+def test_matrices_may_learn_with_muon(tmp_path):
+    objective = Toy()
+    other = nn.Parameter(torch.zeros(1))
+    objective.parameter_groups = lambda: [
+        {"params": [objective.head.weight], "lr": 0.01, "muon": True},
+        {"params": [other], "lr": 0.1},
+    ]
+    subject = trainer(tmp_path, objective, steps=60)
+    assert [type(optimizer.optimizer) for optimizer in subject.optimizers] == [torch.optim.AdamW, torch.optim.Muon]
+    assert subject.peak_lrs == [0.1, 0.01]
+    subject.step()
+    # Muon's first step is orthogonal: all singular values are about the rate, here a third of the highest, which for
+    # a matrix of 97 rows and 32 columns is multiplied by the root of their ratio.
+    size = torch.linalg.svdvals(objective.head.weight.detach()) / (0.01 / 3 * (97 / 32) ** 0.5)
+    assert size.median() == pytest.approx(1, abs=0.35)
+
+
 def test_long_gradients_are_clipped(tmp_path):
     objective = Toy()
     subject = trainer(tmp_path, objective)
@@ -119,7 +161,7 @@ def test_long_gradients_are_clipped(tmp_path):
         (factor * loss).backward()
         norm = subject._clip()
         assert objective.head.weight.grad.norm() == pytest.approx(expected or norm, rel=1e-3)
-        subject.optimizer.zero_grad()
+        subject.optimizers[0].zero_grad()
 
 
 # -- going on ------------------------------------------------------------------------------------------------------
@@ -207,7 +249,7 @@ def test_another_rate_may_go_on_but_nothing_else(tmp_path):
     for changed, message in (
         ({"steps": 13}, "belongs to another --steps: choose another --out"),
         ({"batch": 2, "seed": 1}, "belongs to another --batch and --seed"),
-        ({"windows": Windows(COUNTING.tokens[:30])}, "belongs to another --data"),
+        ({"data": Windows(COUNTING.tokens[:30])}, "belongs to another --data"),
         ({"options": {"--heads": 4}}, "belongs to another --heads"),
     ):
         with pytest.raises(SpringtideError, match=message):
@@ -216,7 +258,7 @@ def test_another_rate_may_go_on_but_nothing_else(tmp_path):
     other.resume()
     expected = 0.01 * other.lr_scale
     other.step()
-    assert other.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+    assert other.optimizers[0].param_groups[0]["lr"] == pytest.approx(expected)
     assert other.done_steps == 2
     subject.checkpoint.write_bytes(b"half")
     with pytest.raises(SpringtideError, match=r"checkpoint.pt cannot be read: delete it to start anew"):
@@ -270,7 +312,7 @@ def test_processes_share_a_batch_and_average_gradients(tmp_path, monkeypatch):
     monkeypatch.setattr(F, "dropout", lambda x: x)
     alone = Toy()
     subject = trainer(tmp_path, alone)
-    monkeypatch.setattr(subject.optimizer, "zero_grad", lambda: None)
+    monkeypatch.setattr(subject.optimizers[0], "zero_grad", lambda: None)
     subject.step()
     gradients, seen = [], []
     for index in range(2):
@@ -286,7 +328,7 @@ def test_processes_share_a_batch_and_average_gradients(tmp_path, monkeypatch):
         loss = objective.loss
         monkeypatch.setattr(objective, "loss", lambda tokens, loss=loss: seen.append(tokens) or loss(tokens))
         part.step()
-    assert sorted(torch.cat(seen).tolist()) == sorted(COUNTING.batch(0, 4, seed=0).tolist())
+    assert sorted(torch.cat(seen).tolist()) == sorted(COUNTING.batch(0, 4, seed=0)[0].tolist())
     assert [how for _, how in gradients] == ["mean", "mean"]
     torch.testing.assert_close((gradients[0][0] + gradients[1][0]) / 2, alone.head.weight.grad)
 
@@ -294,5 +336,5 @@ def test_processes_share_a_batch_and_average_gradients(tmp_path, monkeypatch):
 def test_a_batch_that_processes_cannot_share(tmp_path, monkeypatch):
     two = SimpleNamespace(num_processes=2)
     monkeypatch.setattr("springtide.training.trainer.new_accelerator", lambda _: two)
-    with pytest.raises(SpringtideError, match="A batch of 3 windows cannot be shared by 2 processes"):
+    with pytest.raises(SpringtideError, match="A batch of 3 cannot be shared by 2 processes"):
         trainer(tmp_path, batch=3)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageClassification
 
 from springtide.errors import SpringtideError
 from springtide.vision.dependency_vit import (
@@ -190,6 +191,7 @@ def test_files_round_trip(tmp_path):
         one, two = model(pictures), loaded(pictures)
     assert torch.equal(one.logits, two.logits) and torch.equal(one.indices, two.indices)
     assert loaded.config.prune_by == "received"
+    assert type(AutoModelForImageClassification.from_pretrained(tmp_path)) is DependencyViTForImageClassification
 
 
 def test_masked_images_learn_to_be_painted():

@@ -57,12 +57,16 @@ class Cache:
 
     def fork(self) -> Cache:
         """An independent copy of the committed tokens."""
-        twin = Cache(len(self._buffers))
+        twin = Cache(self.layers)
         twin.length = self.length
         for layer, buffer in enumerate(self._buffers):
             if buffer is not None:
                 twin.write(layer, 0, *self.read(layer, 0, self.length))
         return twin
+
+    @property
+    def layers(self) -> int:
+        return len(self._buffers)
 
     @property
     def nbytes(self) -> int:

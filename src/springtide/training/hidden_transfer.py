@@ -236,7 +236,7 @@ def sweep(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_scale(step, warmup, step / steps, 0.0))
     torch.manual_seed(0)
     for step in range(steps):
-        tokens = windows.batch(step, batch, seed=0)
+        (tokens,) = windows.batch(step, batch, seed=0)
         real, anchors = Reading.of(target.model, tokens), objectives[0].random_anchors(tokens.shape[1])
         for objective in objectives:
             loss, _ = objective.loss_of(real, anchors)

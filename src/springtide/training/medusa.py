@@ -26,7 +26,7 @@ GUESSES = 10  # best guesses of a head that are counted
 BATCH = 8  # windows that are measured at a time
 HEADS_FIRST = 0.25  # share of Medusa-2's steps in which the target does not change yet
 HEADS_WEIGHT = 0.2  # of the heads' loss in Medusa-2's, the paper's lambda_0
-DISTILLED_WEIGHT = 0.01  # the same for text that the target wrote, reached by a quarter of a sine
+DISTILLED_WEIGHT = 0.01  # the same for text that the target wrote
 RANK, ALPHA = 32, 16  # of Medusa-2's adapter
 BACKBONE_LR = 0.25  # the adapter's learning rate, as a share of the heads'
 
@@ -138,6 +138,8 @@ class Medusa2Objective(MedusaObjective):
         target: the model, whose layers are replaced by ones that add the adapter.
         steps: how many there will be, the first quarter of them for the heads.
         distilled: the text was written by the target, which then learns its own former distribution instead of it.
+        heads_weight: of the heads' loss in the target's, ``lambda_0``: more makes the target easier to guess, and less
+            like itself (default: the paper's 0.2, or 0.01 for distilled text).
 
     For the others see :class:`MedusaObjective`. Raises SpringtideError if the package peft is missing.
     """
@@ -153,6 +155,7 @@ class Medusa2Objective(MedusaObjective):
         lm_head: Literal["full", "shared"] = "full",
         lr: float = 1e-3,
         distilled: bool = False,
+        heads_weight: float | None = None,
     ) -> None:
         super().__init__(target, heads, layers, lm_head, lr)
         try:
@@ -167,6 +170,8 @@ class Medusa2Objective(MedusaObjective):
             self.adapted = get_peft_model(self.model, config)
         self.steps = steps
         self.distilled = distilled
+        default = DISTILLED_WEIGHT if distilled else HEADS_WEIGHT
+        self.heads_weight = default if heads_weight is None else heads_weight
         self.step = 0
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -205,7 +210,8 @@ class Medusa2Objective(MedusaObjective):
     def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
         """The heads' loss at first, then ``L_LM + lambda_0 * sum_k 0.8^k CE_k``; one step of training a call.
 
-        For distilled text ``L_LM`` is ``KL(original || adapted)``, the original being the target without its adapter.
+        For distilled text ``L_LM`` is ``KL(original || adapted)``, the original being the target without its adapter,
+        and ``lambda_0`` is reached by a quarter of a sine.
         ``lambda_0`` weighs what the heads ask of the target. They themselves learn at full weight: AdamW's steps would
         be the same in the long run, but at a weight that falls they stand still.
         """
@@ -219,10 +225,10 @@ class Medusa2Objective(MedusaObjective):
             with torch.no_grad(), self.adapted.disable_adapter():
                 original = self.decode(self.read(tokens)).log_softmax(-1)
             own = F.kl_div(logits.log_softmax(-1), original, log_target=True, reduction="none").sum(-1).mean()
-            weight = DISTILLED_WEIGHT * math.sin(math.pi / 2 * share)
+            weight = self.heads_weight * math.sin(math.pi / 2 * share)
         else:
             own = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-            weight = HEADS_WEIGHT
+            weight = self.heads_weight
         weighted = weight * hidden
         heads, metrics = self.heads_loss(weighted + (hidden - weighted).detach(), tokens)
         return own + heads, {"loss_lm": own.item(), **metrics}

@@ -1,6 +1,6 @@
-"""One trainer for all drafters: AdamW on accelerate, which goes on where it stopped.
+"""One trainer for drafters and vision models: AdamW and Muon on accelerate, which goes on where it stopped.
 
-An objective brings the frozen target, what is trained, and a loss on windows of tokens.
+Data brings batches, of windows of tokens or of images; an objective brings what is trained, and a loss on a batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from springtide.training.running import (
     rewind,
     save_checkpoint,
 )
-from springtide.training.windows import Windows
 
 log = logging.getLogger(__name__)
 
@@ -38,23 +37,40 @@ POINTS = 100  # of the curves
 CHECKPOINT_SECONDS = 180
 
 
-class Objective(Protocol):
-    """What a drafter learns by.
+class Data(Protocol):
+    """What there is to learn from: windows of tokens ``[B, T]``, or images and their labels.
 
-    ``model`` is the frozen target. ``loss`` gives the loss of windows ``[B, T]`` (int64, on the target's device), a
-    scalar, and metrics: ``top1_k`` is the share of tokens that step ``k``'s best guess got right. What it draws at
-    random it draws from torch's default generator. ``state_dict`` holds all that is trained. ``calibrate`` measures
-    ``accuracy`` on windows (the share of tokens that each guess of each step gets right), and ``save`` writes the
-    drafter.
+    ``batch`` gives the ``size`` samples of a step as tensors on the CPU; ``digest`` tells data apart. A sample counts
+    for ``sample_size`` of what is counted, the ``unit``: tokens, or images.
+    """
+
+    @property
+    def unit(self) -> str: ...
+    @property
+    def sample_size(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
+    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, ...]: ...
+
+
+class Objective(Protocol):
+    """What is learnt.
+
+    ``model`` is what reads a batch: a frozen target, or what is trained. ``loss`` takes the tensors of a batch, on the
+    model's device, and gives the loss, a scalar, and metrics: those whose names begin with ``loss`` or ``top1`` are
+    drawn as curves. What it draws at random it draws from torch's default generator. ``parameter_groups`` are as AdamW
+    takes them, without weight decay unless they say so; those with ``"muon": True``, of matrices, are Muon's.
+    ``state_dict`` holds all that is trained. ``calibrate`` measures ``accuracy`` on data held out, and ``save`` writes
+    the result.
     """
 
     name: str
     model: nn.Module
-    accuracy: list[list[float]] | None
+    accuracy: Any
 
     def parameter_groups(self) -> list[dict[str, Any]]: ...
-    def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, float]]: ...
-    def calibrate(self, tokens: Tensor) -> Any: ...
+    def loss(self, *batch: Any, **_: Any) -> tuple[Tensor, dict[str, float]]: ...
+    def calibrate(self, *held_out: Any, **_: Any) -> Any: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> Any: ...
     def save(self, folder: Path) -> None: ...
@@ -65,10 +81,23 @@ def new_accelerator(device: torch.device) -> Any:
     try:
         from accelerate import Accelerator
     except ImportError:
-        raise SpringtideError(
-            "Training drafters needs the package accelerate; run `pip install 'springtide[train]'`."
-        ) from None
+        raise SpringtideError("Training needs the package accelerate; run `pip install 'springtide[train]'`.") from None
     return Accelerator(cpu=device.type == "cpu")
+
+
+def _is_muon(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("muon", False))
+
+
+def _optimizers(groups: Sequence[dict[str, Any]]) -> list[torch.optim.Optimizer]:
+    """AdamW, then Muon, each if it has groups."""
+    adam, muon = ([group for group in groups if _is_muon(group) == wanted] for wanted in (False, True))
+    found: list[torch.optim.Optimizer] = []
+    if adam:
+        found.append(torch.optim.AdamW(adam, weight_decay=0.0))
+    if muon:
+        found.append(torch.optim.Muon(muon, weight_decay=0.0, adjust_lr_fn="original"))
+    return found
 
 
 class Trainer:
@@ -77,10 +106,10 @@ class Trainer:
     Every process of an ``accelerate launch`` takes its share of a batch, and gradients are averaged.
 
     Args:
-        windows: of tokens, in batches of ``batch`` for each of the ``steps`` steps.
+        data: in batches of ``batch`` samples for each of the ``steps`` steps.
         out: the folder of log, curves and checkpoint.
         lr: the highest learning rate (default: the objective's; its others are in proportion).
-        seed: of the order of the windows, and of what the objective draws.
+        seed: of the order of the data, and of what the objective draws.
         options: all else that tells this run from another: a checkpoint that has others is refused.
 
     Raises SpringtideError if accelerate is missing and for a batch that its processes cannot share.
@@ -89,7 +118,7 @@ class Trainer:
     def __init__(
         self,
         objective: Objective,
-        windows: Windows,
+        data: Data,
         out: Path,
         *,
         steps: int,
@@ -98,22 +127,22 @@ class Trainer:
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.objective, self.windows, self.out = objective, windows, out
+        self.objective, self.data, self.out = objective, data, out
         self.steps, self.batch, self.seed = steps, batch, seed
-        own = {"objective": objective.name, "--data": windows.digest, "--steps": steps, "--batch": batch}
+        own = {"objective": objective.name, "--data": data.digest, "--steps": steps, "--batch": batch}
         self.identity = {**own, "--seed": seed, **(options or {})}
         self.device = next(objective.model.parameters()).device
         self.accelerator = new_accelerator(self.device)
         if batch % self.accelerator.num_processes:
             raise SpringtideError(
-                f"A batch of {batch} windows cannot be shared by {self.accelerator.num_processes} processes; "
+                f"A batch of {batch} cannot be shared by {self.accelerator.num_processes} processes; "
                 "use a multiple of their number for --batch."
             )
-        groups = objective.parameter_groups()
+        groups = sorted(objective.parameter_groups(), key=_is_muon)
         highest = max(group["lr"] for group in groups)
         self.peak_lrs = [group["lr"] * (1.0 if lr is None else lr / highest) for group in groups]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups, weight_decay=0.0))
+        self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in _optimizers(groups)]
         self.done_steps = 0
         self.elapsed = 0.0
 
@@ -128,17 +157,19 @@ class Trainer:
         """
         started, accelerator = time.monotonic(), self.accelerator
         torch.manual_seed(hash((self.seed, self.done_steps, accelerator.process_index)) & (2**63 - 1))
-        windows = self.windows.batch(self.done_steps, self.batch, self.seed)
-        own = windows[accelerator.process_index :: accelerator.num_processes]
-        loss, metrics = self.objective.loss(own.to(self.device))
+        batch = self.data.batch(self.done_steps, self.batch, self.seed)
+        own = [part[accelerator.process_index :: accelerator.num_processes].to(self.device) for part in batch]
+        loss, metrics = self.objective.loss(*own)
         accelerator.backward(loss)
         value, norm = loss.item(), self._clip()
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise SpringtideError(self._not_finite(value))
-        for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, peak in zip(groups, self.peak_lrs, strict=True):
             group["lr"] = peak * self.lr_scale
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         self.done_steps += 1
         self.elapsed += time.monotonic() - started
         return {"loss": value, **metrics}
@@ -158,33 +189,36 @@ class Trainer:
 
     def figures(self, recent: Sequence[Mapping[str, float]], seconds: float) -> dict[str, float]:
         """What the log records of the ``recent`` steps, which took ``seconds``: means of their metrics."""
-        windows = self.batch * len(recent)
         return {
             "step": self.done_steps,
             "seconds": round(self.elapsed, 2),
-            "tokens_per_second": round(windows * self.windows.tokens.shape[1] / max(seconds, 1e-6)),
+            f"{self.data.unit}_per_second": round(self._units(len(recent)) / max(seconds, 1e-6)),
             **{name: round(sum(step[name] for step in recent) / len(recent), 4) for name in recent[0]},
         }
 
-    def finish(self, held_out: Windows) -> dict[str, Any]:
-        """Calibrate the drafter on windows, save it, and return the documented fields of ``train --json``."""
-        self.objective.calibrate(held_out.tokens)
+    def _units(self, steps: int) -> int:
+        """Tokens or images in as many steps."""
+        return steps * self.batch * self.data.sample_size
+
+    def finish(self, *held_out: Tensor) -> dict[str, Any]:
+        """Measure the accuracy on data held out, save the result, and return the fields of ``train --json``."""
+        self.objective.calibrate(*held_out)
         self.objective.save(self.out)
         return {
-            "drafter": self.objective.name,
             "parameters": sum(parameter.numel() for parameter in self.parameters),
-            "tokens": self.steps * self.batch * self.windows.tokens.shape[1],
+            self.data.unit: self._units(self.steps),
             "seconds": round(self.elapsed, 2),
-            "held_out_tokens": held_out.tokens.numel(),
+            f"held_out_{self.data.unit}": len(held_out[0]) * self.data.sample_size,
             "accuracy": self.objective.accuracy,
         }
 
     def _not_finite(self, loss: float) -> str:
         what = f"The loss is {loss}" if not math.isfinite(loss) else "The gradient is not finite"
         saved = f"{self.checkpoint} holds the last good state" if self.checkpoint.exists() else "nothing was saved yet"
+        wide = next(self.objective.model.parameters()).dtype == torch.float32
         return (
             f"{what} at step {self.done_steps}: training stopped, and {saved}; run the same command with a lower --lr, "
-            "which goes on from there, or with --dtype float32."
+            f"which goes on from there{'' if wide else ', or with --dtype float32'}."
         )
 
     # -- checkpoint -------------------------------------------------------------------------------------------------
@@ -199,7 +233,7 @@ class Trainer:
             "step": self.done_steps,
             "elapsed": self.elapsed,
             "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         if self.accelerator.is_main_process:
             save_checkpoint(self.checkpoint, self.identity, state)
@@ -209,7 +243,8 @@ class Trainer:
         state = load_checkpoint(self.checkpoint, self.identity, self.device)
         if state is not None:
             self.objective.load_state_dict(state["objective"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(moments)
             self.done_steps, self.elapsed = state["step"], state["elapsed"]
             log.info("continuing at step %d of %d", self.done_steps, self.steps)
 
@@ -236,7 +271,7 @@ def train(trainer: Trainer, checkpoint_seconds: float = CHECKPOINT_SECONDS) -> N
                 figures = trainer.figures(recent, trainer.elapsed - logged)
                 recent, logged = [], trainer.elapsed
                 if leads:
-                    record(records, figures, bar, ("loss", "tokens_per_second"))
+                    record(records, figures, bar, ("loss", f"{trainer.data.unit}_per_second"))
             if interrupted.is_set():
                 trainer.save()
                 raise KeyboardInterrupt
@@ -249,12 +284,12 @@ def train(trainer: Trainer, checkpoint_seconds: float = CHECKPOINT_SECONDS) -> N
 
 
 def plot(records: Path, picture: Path) -> None:
-    """The losses, and each step's top-1 accuracy, over the steps of optimization."""
+    """The losses, and the top-1 accuracies, over the steps of optimization."""
     rows = read_records(records)
     if not rows:
         return
     panels = {}
-    for label, prefix in (("loss", "loss"), ("top-1 accuracy", "top1_")):
+    for label, prefix in (("loss", "loss"), ("top-1 accuracy", "top1")):
         names = [name for name in rows[-1] if name.startswith(prefix)]
         if names:
             panels[label] = {name: _points([row for row in rows if name in row], name) for name in names}

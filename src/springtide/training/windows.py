@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from jinja2 import TemplateError
@@ -114,6 +114,7 @@ def _is_message(part: Any) -> bool:
 class Windows:
     """``tokens [N, T]``, int64, on the CPU."""
 
+    unit: ClassVar = "tokens"
     tokens: Tensor
 
     @classmethod
@@ -131,15 +132,20 @@ class Windows:
         return len(self.tokens)
 
     @property
+    def sample_size(self) -> int:
+        """Tokens in a window."""
+        return self.tokens.shape[1]
+
+    @property
     def digest(self) -> str:
         """Tells data apart."""
         return hashlib.sha256(f"{self.tokens.shape}".encode() + self.tokens.numpy().tobytes()).hexdigest()[:16]
 
-    def batch(self, step: int, size: int, seed: int) -> Tensor:
+    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor]:
         """The windows of a step, ``[size, T]``: each once, in an order that the seed decides; then in another order."""
         places = [divmod(place, len(self)) for place in range(step * size, (step + 1) * size)]
         orders = {epoch: self._order(epoch, seed) for epoch, _ in places}
-        return self.tokens[[int(orders[epoch][place]) for epoch, place in places]]
+        return (self.tokens[[int(orders[epoch][place]) for epoch, place in places]],)
 
     def split(self, held: int, seed: int) -> tuple[Self, Self]:
         """The others, and ``held`` random windows."""

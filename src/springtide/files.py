@@ -1,0 +1,49 @@
+"""Files that are whole, or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from springtide.errors import SpringtideError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Another path, to be written in the block, which then takes the place of ``path``.
+
+    Nothing is left of it when the block raises. Raises SpringtideError when the file cannot be written.
+    """
+    temporary = path.with_name(path.name + ".writing")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SpringtideError(f"'{path}' cannot be written ({error.strerror}); choose another place.") from None
+    finally:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """Another folder, to be written to in the block, whose files then replace those in ``folder``; others stay.
+
+    Nothing is left of it when the block raises. Raises SpringtideError when a file cannot be written.
+    """
+    temporary = folder.with_name(folder.name + ".writing")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            place = folder / path.relative_to(temporary)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+    except OSError as error:
+        raise SpringtideError(f"'{folder}' cannot be written ({error.strerror}); choose another place.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

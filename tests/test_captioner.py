@@ -1,0 +1,180 @@
+"""The captioner: what is trained in one pass is what the engine decodes, with all image tokens or with some."""
+
+import pytest
+import torch
+
+from springtide.attention import parse_policy
+from springtide.captioner import PROJECTOR, VISION, Captioner
+from springtide.engine.sampling import Sampling
+from springtide.errors import SpringtideError
+from springtide.evaluation.captioner import evaluate
+from springtide.training.captioner import (
+    DESCRIBE,
+    CaptionerObjective,
+    Exchanges,
+    caption,
+    exchanges,
+    new_tokenizer,
+    tree_mask,
+)
+from springtide.vision.dependency_vit import DependencyViTConfig, DependencyViTModel
+from springtide.vision.scenes import Scenes, scenes
+
+SMALL = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "prune_after": (1,),
+}
+
+
+@pytest.fixture(scope="module")
+def objective():
+    torch.manual_seed(0)
+    data = Exchanges(new_tokenizer(), Scenes(32))
+    made = CaptionerObjective(DependencyViTModel(DependencyViTConfig(**SMALL)), data, layers=3)
+    with torch.no_grad():
+        for module in (made.vit, made.model, made.projector):
+            for parameter in module.parameters():
+                parameter += 0.2 * torch.randn_like(parameter)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(objective, tmp_path_factory):
+    path = tmp_path_factory.mktemp("captioner") / "saved"
+    objective.save(path)
+    return path
+
+
+def test_captions_say_everything():
+    batch = scenes(torch.arange(3), seed=1)
+    for i in range(3):
+        text = caption(batch, i)
+        for question, answer in exchanges(batch, i)[:-1]:
+            assert answer in text.split() or question == DESCRIBE
+
+
+def test_every_word_has_a_token():
+    tokenizer = new_tokenizer()
+    batch = scenes(torch.arange(500, 520), seed=9)
+    for i in range(20):
+        for exchange in exchanges(batch, i):
+            for text in exchange:
+                tokens = tokenizer.encode(text)
+                assert tokenizer.unk_token_id not in tokens
+                assert tokenizer.decode(tokens).replace(" ?", "?") == text
+
+
+def test_exchanges_see_the_image_and_themselves():
+    seen = tree_mask(2, [2, 1])[0, 0] == 0
+    assert seen.int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.4])
+def test_what_is_trained_is_what_is_decoded(objective, keep):
+    """The most probable tokens in the one pass of training are those that the engine finds, question by question."""
+    batch = scenes(torch.arange(4), seed=2, size=32)
+    tokens = objective.data.tokens(batch)
+    captioner = objective.captioner
+    with torch.no_grad():
+        _, right = objective._answer(batch.images, tokens, keep)
+    answers = objective._answers
+    for i in range(4):
+        embeds = captioner.embeds(batch.images[i : i + 1], keep)
+        start, place = 0, 0
+        for question, answer in objective.data.lengths:
+            own = tokens[i, start : start + question + answer].tolist()
+            for given in range(answer):
+                assert answers[place] == start + question + given
+                prompt = [0] * len(embeds) + own[: question + given]
+                sequence = captioner.engine.start(prompt, Sampling(max_tokens=1), embeds=embeds)
+                list(captioner.engine.run([sequence]))
+                assert (sequence.output == [own[question + given]]) == bool(right[i, place])
+                place += 1
+            start += question + answer
+
+
+def test_image_tokens_keep_their_positions(objective):
+    batch = scenes(torch.arange(1), seed=2, size=32)
+    captioner = objective.captioner
+    whole, pruned = captioner.embeds(batch.images), captioner.embeds(batch.images, 0.4)
+    assert whole.positions == tuple(range(16)) and len(pruned) == 6
+    assert whole.end == pruned.end == 16
+    with torch.no_grad():
+        assert pruned.positions == tuple(captioner.vit(batch.images, keep=0.4).indices[0].tolist())
+
+
+def test_it_learns():
+    torch.manual_seed(0)
+    made = CaptionerObjective(
+        DependencyViTModel(DependencyViTConfig(**SMALL)), Exchanges(new_tokenizer(), Scenes(32)), layers=1
+    )
+    optimizer = torch.optim.AdamW(made.parameter_groups(), lr=5e-3)
+    losses = []
+    for step in range(12):
+        loss, metrics = made.loss(*made.data.batch(step, 16, seed=0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0] and 0 < metrics["top1"] <= 1
+    held_out = scenes(-1 - torch.arange(4), 0, 32)
+    made.calibrate(held_out.images, made.data.tokens(held_out))
+    assert {len(shares) for shares in made.accuracy.values()} == {6}
+
+
+def test_files_round_trip(objective, folder):
+    loaded, batch = Captioner.load(folder, dtype="float32"), scenes(torch.arange(2), seed=3, size=32)
+    with torch.no_grad():
+        before, after = (own.embeds(batch.images[:1], 0.5) for own in (objective.captioner, loaded))
+    assert after.positions == before.positions
+    torch.testing.assert_close(after.vectors, before.vectors, rtol=0.05, atol=0.05)  # bf16 on disk
+    assert not list(folder.parent.glob("*.writing"))
+    output = loaded.ask(batch.images[0].permute(1, 2, 0).mul(127.5).add(127.5).byte().numpy(), DESCRIBE, max_tokens=5)
+    assert 0 < len(output.token_ids) <= 5 and output.stats.prompt_tokens == 19
+
+
+def test_drafted_is_plain_on_the_same_tokens(folder):
+    captioner = Captioner.load(folder, dtype="float32")
+    policies = [parse_policy("dense"), parse_policy("tidal:budget=64")]
+    rows = list(evaluate(captioner, scenes(torch.arange(3), 5, 32), [1.0, 0.4], policies))
+    assert [row["image_tokens"] for row in rows] == [16, 6, 16, 6]
+    for row in rows:
+        assert row["outputs_equal"] == row["outputs"] == 18
+        assert (
+            row["prompt_kv_bytes"] == row["prompt_tokens"] * 3 * 2 * 2 * 32 * 4
+        )  # layers, keys and values, heads, numbers, bytes
+    assert rows[0]["questions"] == rows[2]["questions"]  # the budget covers everything
+
+
+def test_words_that_it_lacks_are_refused(folder):
+    captioner = Captioner.load(folder)
+    embeds = captioner.embeds(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(SpringtideError, match=r"knows these words only: .*head.*limbs"):
+        captioner.start(embeds, "what colour is the sky", Sampling())
+
+
+def test_folders_that_hold_none(folder, tmp_path):
+    with pytest.raises(SpringtideError, match="no captioner's folder"):
+        Captioner.load(tmp_path)
+    with pytest.raises(SpringtideError, match="no captioner's folder"):
+        Captioner.load(folder / VISION)
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors"])
+def test_a_broken_projector(folder, tmp_path, content):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / PROJECTOR).write_bytes(content)
+    with pytest.raises(SpringtideError, match="broken, or of another size"):
+        Captioner.load(tmp_path / "copy")
