@@ -1,10 +1,15 @@
 """The captioner: what is trained in one pass is what the engine decodes, with all image tokens or with some."""
 
+import json
+
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
 from springtide.attention import parse_policy
 from springtide.captioner import PROJECTOR, VISION, Captioner
+from springtide.cli import app
 from springtide.engine.sampling import Sampling
 from springtide.errors import SpringtideError
 from springtide.evaluation.captioner import evaluate
@@ -178,3 +183,39 @@ def test_a_broken_projector(folder, tmp_path, content):
     (tmp_path / "copy" / PROJECTOR).write_bytes(content)
     with pytest.raises(SpringtideError, match="broken, or of another size"):
         Captioner.load(tmp_path / "copy")
+
+
+def test_the_bundled_one_sees(tmp_path):
+    """Some of its answers about a scene that no training has seen, from all image tokens and from a third of them."""
+    captioner = Captioner.load("pocket")
+    rows = list(evaluate(captioner, Scenes().held_out_scenes(6), [1.0, 0.36], [parse_policy("dense")]))
+    for row in rows:
+        assert row["foreground"] > 0.8 and row["outputs_equal"] == row["outputs"]
+    assert rows[1]["image_tokens"] == 23 and rows[1]["prompt_kv_bytes"] < rows[0]["prompt_kv_bytes"]
+
+
+def test_see_on_the_command_line(tmp_path):
+    picture, page, figures = tmp_path / "scene.png", tmp_path / "page.png", tmp_path / "see.json"
+    pixels = ((Scenes().held_out_scenes(1).images[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+    Image.fromarray(pixels).save(picture)
+    command = ["see", str(picture), "--keep", "0.36", "--out", str(page), "--json", str(figures), "--draft", "lookup"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0 and " head and " in result.stdout
+    assert json.loads(figures.read_text())["text"] == result.stdout.strip()
+    assert Image.open(page).size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["nowhere.png"], "cannot be read"),
+        (["scene.png", "--keep", "0"], "cannot be kept"),
+        (["scene.png", "--question", "why?"], "knows these words only"),
+        (["scene.png", "--model", "."], "no captioner's folder"),
+    ],
+)
+def test_see_refuses(tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (30, 20)).save("scene.png")
+    result = CliRunner().invoke(app, ["see", *options, "--out", "page.png"])
+    assert words in str(result.exception) and not (tmp_path / "page.png").exists()

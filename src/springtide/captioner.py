@@ -67,8 +67,8 @@ class Captioner:
                 f"'{folder}' is no captioner's folder: it lacks {PROJECTOR} or {VISION}/; "
                 "train one with `springtide train captioner`."
             )
-        engine = load(folder, **options)
         vit = load_vit(DependencyViTModel, folder / VISION)
+        engine = load(folder, **options)
         projector = Projector(vit.config.hidden_size, engine.stack.spec.hidden_size)
         try:
             projector.load_state_dict(load_file(folder / PROJECTOR))

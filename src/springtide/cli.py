@@ -306,7 +306,9 @@ def see(
         seen, grid = look(captioner.vit, pixels, keep), Grid.of(pixels, captioner.vit.config.patch_size)
         found = zip(trees(seen, grid.tokens), saliencies(seen, grid), partitions(seen, grid, parts), strict=True)
         [(tree, salient, cut)] = found
-        draw_page(out, picture, seen, tree, salient, cut, {"image": image.name, question: output.text})
+        draw_page(
+            out, picture, seen, tree, salient, cut, {"image": image.name, "asked": question, "answer": output.text}
+        )
     if json_file:
         write_json(json_file, {"question": question, **output.as_json()})
 
@@ -890,7 +892,9 @@ def eval_captioner(
 
 @eval_app.command("dependency-vit")
 def eval_dependency_vit(
-    model: Annotated[str, typer.Option(help="Comma list of folders that train dependency-vit wrote.")],
+    model: Annotated[
+        str, typer.Option(help="Comma list of folders that train dependency-vit wrote, or 'pocket', the bundled one.")
+    ] = "pocket",
     data: Images = "scenes",
     images: Annotated[int, typer.Option(min=1, help="Images held out to measure on, at most.")] = 1000,
     json_file: Json = None,
@@ -904,10 +908,10 @@ def eval_dependency_vit(
     from springtide.evaluation.report import check_target, write_json
     from springtide.loading import as_device
     from springtide.training.vision import find_data
-    from springtide.vision.folder import load_config
+    from springtide.vision.folder import find_vit, load_config
 
     check_target(json_file, plot)
-    folders = list(dict.fromkeys(Path(name.strip()) for name in model.split(",") if name.strip()))
+    folders = list(dict.fromkeys(find_vit(name.strip()) for name in model.split(",") if name.strip()))
     if not folders:
         raise SpringtideError("--model names no folder; give at least one.")
     transformers_logging.set_verbosity_error()

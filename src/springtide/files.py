@@ -42,6 +42,7 @@ def filling(folder: Path) -> Iterator[Path]:
         for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
             place = folder / path.relative_to(temporary)
             place.parent.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o644)  # safetensors lets nobody else read
             os.replace(path, place)
     except OSError as error:
         raise SpringtideError(f"'{folder}' cannot be written ({error.strerror}); choose another place.") from None

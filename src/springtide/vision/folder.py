@@ -15,6 +15,11 @@ Model = TypeVar("Model", bound=DependencyViTPreTrainedModel)
 HEADS = ("classifier.", "mask_token", "painter.")  # parameters that not every kind of model has
 
 
+def find_vit(name: str | Path) -> Path:
+    """The folder of a model: a path, or ``"pocket"`` for the bundled one, which knows the synthetic scenes."""
+    return Path(__file__).parents[1] / "models" / "dependency-vit" if str(name) == "pocket" else Path(name).expanduser()
+
+
 def load_config(folder: Path) -> DependencyViTConfig:
     """The configuration in a folder; raises SpringtideError unless it is a DependencyViT's."""
     if not (folder / "config.json").is_file():
