@@ -11,6 +11,7 @@ from folders import BOOK, VOCAB, tokenizer
 from guesses import Guesses
 from springtide import SpringtideError, facts
 from springtide.drafting.drafter import Drafter
+from springtide.drafting.guesser import Guesser
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
 from springtide.engine.sampling import Sampling
@@ -228,8 +229,8 @@ def test_prompts_beyond_the_context(engine):
 # -- contenders ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Tunable(Drafter):
+@dataclass(frozen=True, eq=False)
+class Tunable(Guesser):
     """Remembers the cost that it was tuned by."""
 
     name = "tunable"

@@ -107,17 +107,18 @@ def test_attention_that_tokens_draw(tmp_path, attention):
     x = model.vit.layers[0].norm1(model.vit.embed(images) + model.vit.positions)
     query, key, _ = model.vit.layers[0].attention.qkv(x).view(2, 16, 3, 4, 4).permute(2, 0, 3, 1, 4)
     expected = (query @ key.mT / 2).softmax(-1).sum(2).mean(1)  # of all queries, what each key gets
-    torch.testing.assert_close(vision.drawn(output, 0, attention == "reversed"), expected)
+    found = vision.drawn(output, attention == "reversed")
+    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(found[2], (found[0] + found[1]) / 2)
 
 
 def test_controls_are_chosen_on_other_scenes(tmp_path, small, monkeypatch):
     model = load_vit(DependencyViTForImageClassification, save(tmp_path))
 
-    def drawn(output, layer, reverse):
+    def drawn(output, reverse):
         """What layer 1 draws least attention to is where the image is bright, as the object will be."""
-        tokens = nn.functional.avg_pool2d(seen.pop(0), 8).mean(1).flatten(1) if layer == 0 else drawn.last
-        drawn.last = tokens
-        return -tokens if layer == 1 else torch.rand(tokens.shape)
+        tokens = nn.functional.avg_pool2d(seen.pop(0), 8).mean(1).flatten(1)
+        return [torch.rand(tokens.shape), -tokens, torch.rand(tokens.shape)]
 
     batches, seen = [], []
     scenes = vision.scenes

@@ -110,18 +110,18 @@ def readings(config: DependencyViTConfig) -> list[tree.By]:
     return ["received"] if config.attention == "reversed" else []
 
 
-def drawn(output: Output, layer: int, reverse: bool) -> Tensor:
-    """How much attention tokens draw in a layer, as keys of the softmax, ``[B, N]``."""
-    mask: Tensor = output.attentions[layer]
-    return mask.sum(2 if reverse else 1)
+def drawn(output: Output, reverse: bool) -> list[Tensor]:
+    """How much attention tokens draw, as keys of the softmax, ``[B, N]``: in each layer, and in all of them."""
+    layers = [mask.sum(2 if reverse else 1) for mask in output.attentions]
+    return [*layers, torch.stack(layers).mean(0)]
 
 
 @dataclass(frozen=True)
 class Controls:
     """What saliency is compared with, as chosen on other scenes.
 
-    ``centre [N]``: how often a token is foreground. ``layer`` and ``sign``: of the attention map that finds the
-    foreground best, -1 if tokens that draw little are the foreground.
+    ``centre [N]``: how often a token is foreground. ``layer`` and ``sign``: of the map among :func:`drawn` that finds
+    the foreground best, -1 if tokens that draw little are the foreground.
     """
 
     centre: Tensor
@@ -136,8 +136,7 @@ class Controls:
         centre = F.avg_pool2d(batch.foreground.float()[:, None], config.patch_size).mean((0, 1)).flatten()
         scores: dict[tuple[int, int], float] = defaultdict(float)
         for output, part in _looks(model, batch):
-            for layer in range(config.num_hidden_layers):
-                values = drawn(output, layer, config.attention == "reversed")
+            for layer, values in enumerate(drawn(output, config.attention == "reversed")):
                 for sign in (1, -1):
                     found = [salient(sign * row, grid).mask for row in values]
                     scores[layer, sign] += sum(map(iou, found, part.foreground))
@@ -156,7 +155,7 @@ def saliency_of(
 ) -> dict[str, list[Saliency]]:
     """The saliency of each image, by the model's readings and by the controls."""
     count = len(output.indices)
-    attention = controls.sign * drawn(output, controls.layer, model.config.attention == "reversed")
+    attention = controls.sign * drawn(output, model.config.attention == "reversed")[controls.layer]
     return {
         **{by: tree.saliencies(output, grid, by) for by in readings(model.config)},
         "attention": [salient(row, grid) for row in attention],
