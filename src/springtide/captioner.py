@@ -27,6 +27,7 @@ from springtide.loading import load
 from springtide.vision.dependency_vit import DependencyViTModel
 from springtide.vision.folder import load_vit
 from springtide.vision.images import DependencyViTImageProcessor
+from springtide.vision.tree import Grid
 
 VISION = "vision"  # in a captioner's folder: that of its DependencyViT
 PROJECTOR = "projector.safetensors"
@@ -101,8 +102,7 @@ class Captioner:
         ``keep`` is the share of its tokens that is left (default: the vision model's own).
         """
         found = self.vit(pixel_values, keep=keep)
-        patch = self.vit.config.patch_size
-        tokens = (pixel_values.shape[-2] // patch) * (pixel_values.shape[-1] // patch)
+        tokens = Grid.of(pixel_values, self.vit.config.patch_size).tokens
         return PromptEmbeds(self.projector(found.last_hidden_state[0]), tuple(found.indices[0].tolist()), tokens)
 
     def start(self, embeds: PromptEmbeds, question: str, sampling: Sampling, engine: Engine | None = None) -> Sequence:

@@ -878,7 +878,7 @@ def eval_captioner(
     from springtide.vision.scenes import Scenes
 
     check_target(json_file)
-    shares, policies = _shares(keep), _policies(policy, None)
+    shares, policies = _decimals(keep, "--keep"), _policies(policy, None)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     captioner = Captioner.load(model, device=device)
@@ -1340,19 +1340,15 @@ def _numbers(text: str, option: str) -> list[int]:
     return numbers
 
 
-def _shares(text: str) -> list[float]:
+def _decimals(text: str, option: str) -> list[float]:
     try:
-        found = list(dict.fromkeys(float(part) for part in text.split(",")))
+        return list(dict.fromkeys(float(part) for part in text.split(",")))
     except ValueError:
-        raise SpringtideError(f"--keep is '{text}', but it must be numbers joined by commas.") from None
-    return found
+        raise SpringtideError(f"{option} is '{text}', but it must be numbers joined by commas.") from None
 
 
 def _temperatures(text: str) -> list[float]:
-    try:
-        found = list(dict.fromkeys(float(part) for part in text.split(",")))
-    except ValueError:
-        raise SpringtideError(f"--temperature is '{text}', but it must be numbers joined by commas.") from None
+    found = _decimals(text, "--temperature")
     if not all(temperature >= 0 for temperature in found):
         raise SpringtideError("--temperature must be 0 (greedy) or more.")
     return found

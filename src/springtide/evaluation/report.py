@@ -14,6 +14,7 @@ from rich.table import Table
 
 from springtide.attention.policy import Policy
 from springtide.errors import SpringtideError
+from springtide.files import replacing
 
 
 def check_target(*paths: Path | None) -> None:
@@ -30,14 +31,8 @@ def check_target(*paths: Path | None) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all; raises SpringtideError when it cannot be written."""
-    temporary = path.with_name(path.name + ".writing")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SpringtideError(f"'{path}' cannot be written ({error.strerror}); choose another place.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def labels(policies: Sequence[Policy]) -> list[str]:
@@ -156,12 +151,8 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(path.name + ".writing")
     try:
-        figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SpringtideError(f"'{path}' cannot be written ({error.strerror}); choose another place.") from None
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")
     finally:
-        temporary.unlink(missing_ok=True)
         _pyplot().close(figure)
