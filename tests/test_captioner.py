@@ -14,16 +14,13 @@ from springtide.engine.sampling import Sampling
 from springtide.errors import SpringtideError
 from springtide.evaluation.captioner import evaluate
 from springtide.training.captioner import (
-    DESCRIBE,
     CaptionerObjective,
     Exchanges,
-    caption,
-    exchanges,
     new_tokenizer,
     tree_mask,
 )
 from springtide.vision.dependency_vit import DependencyViTConfig, DependencyViTModel
-from springtide.vision.scenes import Scenes, scenes
+from springtide.vision.scenes import Scenes, questions, scenes
 
 SMALL = {
     "image_size": 32,
@@ -57,20 +54,18 @@ def folder(objective, tmp_path_factory):
 def test_captions_say_everything():
     batch = scenes(torch.arange(3), seed=1)
     for i in range(3):
-        text = caption(batch, i)
-        for question, answer in exchanges(batch, i)[:-1]:
-            assert answer in text.split() or question == DESCRIBE
+        *single, caption = questions(batch, i)
+        assert all(question.answer in caption.answer.split() for question in single)
 
 
 def test_every_word_has_a_token():
     tokenizer = new_tokenizer()
     batch = scenes(torch.arange(500, 520), seed=9)
     for i in range(20):
-        for exchange in exchanges(batch, i):
-            for text in exchange:
-                tokens = tokenizer.encode(text)
-                assert tokenizer.unk_token_id not in tokens
-                assert tokenizer.decode(tokens).replace(" ?", "?") == text
+        for text in sum(((question.text, question.answer) for question in questions(batch, i)), ()):
+            tokens = tokenizer.encode(text)
+            assert tokenizer.unk_token_id not in tokens
+            assert tokenizer.decode(tokens).replace(" ?", "?") == text
 
 
 def test_exchanges_see_the_image_and_themselves():
@@ -144,7 +139,9 @@ def test_files_round_trip(objective, folder):
     assert after.positions == before.positions
     torch.testing.assert_close(after.vectors, before.vectors, rtol=0.05, atol=0.05)  # bf16 on disk
     assert not list(folder.parent.glob("*.writing"))
-    output = loaded.ask(batch.images[0].permute(1, 2, 0).mul(127.5).add(127.5).byte().numpy(), DESCRIBE, max_tokens=5)
+    output = loaded.ask(
+        batch.images[0].permute(1, 2, 0).mul(127.5).add(127.5).byte().numpy(), "describe the picture", max_tokens=5
+    )
     assert 0 < len(output.token_ids) <= 5 and output.stats.prompt_tokens == 19
 
 

@@ -224,7 +224,7 @@ def test_eval(run, tmp_path, small):
     assert all(list(row) == [field.name for field in fields(Evaluation)] for row in content)
     assert (lite["folders"], lite["seeds"]) == ([str(folder) for folder in folders[:2]], [0, 1])
     assert (lite["images"], lite["prune_by"], len(lite["costs"])) == (10, "controller", 4)
-    saliency = {"messages", "received", "attention", "centre", "random"}
+    saliency = {"rollout", "messages", "received", "attention", "centre", "random"}
     assert set(lite["metrics"]) == {
         "accuracy",
         *(f"accuracy_{by}_{keep}" for by in vision.SCORES for keep in vision.KEEPS),
@@ -243,8 +243,8 @@ def test_a_plain_vit_among_the_models(run, tmp_path, small):
     folder = save(tmp_path / "vit", **PLAIN)
     run("eval", "dependency-vit", "--model", folder, "--images", 5, "--json", tmp_path / "out.json")
     (only,) = json.loads((tmp_path / "out.json").read_text())
-    assert "iou_attention" in only["metrics"] and "ari_tree" in only["metrics"]
-    assert not {"iou_messages", "iou_received", "miou_tree"} & set(only["metrics"])
+    assert {"iou_attention", "iou_rollout", "ari_tree", "miou_tree"} <= set(only["metrics"])
+    assert not {"iou_messages", "iou_received"} & set(only["metrics"])
 
 
 def test_mistakes(run, tmp_path, small, monkeypatch):

@@ -162,7 +162,8 @@ def test_a_scene_of_another_size_is_the_same_scene(many, size):
 
 def test_questions_have_the_facts_for_answers(many):
     for i in range(50):
-        asked = questions(many, i)
+        *asked, caption = questions(many, i)
+        assert caption.kind == "caption"
         assert [question.kind for question in asked] == 3 * ["foreground"] + 2 * ["background"]
         assert [question.answer for question in asked] == [
             SHAPES[many.head[i]],

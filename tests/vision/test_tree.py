@@ -274,16 +274,38 @@ def test_where_all_tokens_are_alike_there_is_no_foreground():
     assert not saliency.foreground.any() and not saliency.map.any()
     output = output_of(left=(9,))
     output.layer_messages[0].fill_(1)
-    (parts, _) = trees.partitions(output, Grid(3, 3, 4), 3)
+    (parts, _) = trees.partitions(output, Grid(3, 3, 4), 3, "messages")
     assert not parts.labels.any() and parts.features.shape == (0, 5)
     assert not align([parts], 2)[0].any()
 
 
-def test_saliency_by_messages_or_by_what_was_received():
+def test_saliency_by_each_reading():
     output = output_of(left=(9, 6))
-    sent, got = (trees.saliencies(output, Grid(3, 3, 1), by)[0] for by in ("messages", "received"))
-    assert sent.values.argsort().equal(trees.messages(output, 9)[0].argsort())
-    assert got.values.argsort().equal(trees.received(output, 9)[0].argsort())
+    for by, values in (("rollout", trees.rollout), ("messages", trees.messages), ("received", trees.received)):
+        found = trees.saliencies(output, Grid(3, 3, 1), by)[0]
+        assert found.values.argsort().equal(values(output, 9)[0].argsort())
+
+
+@pytest.mark.parametrize("left", [(9, 9, 9), (9, 6, 6, 2)])
+def test_rollout_is_what_each_token_would_bring_were_messages_all_there_is(left):
+    output = output_of(left=left)
+    held = torch.eye(9).expand(2, -1, -1)  # of each token, how much came from which
+    for number, mask in enumerate(output.attentions):
+        held = held + mask @ held
+        if number + 1 < len(left):  # those that go on
+            held = held[(output.kept[number][:, None] == output.kept[number + 1][:, :, None]).any(1)].view(2, -1, 9)
+    feature = (output.messages[:, None] @ held)[:, 0]
+    torch.testing.assert_close(trees.rollout(output, 9), feature / feature.sum(1, keepdim=True))
+
+
+def test_rollout_of_a_plain_vit_is_attention_rollout():
+    plain = {"attention": "forward", "head_selector": False, "controller": False}
+    model = create_model(POCKET, **plain).eval()
+    output = trees.look(model, images(2))
+    joint = torch.eye(64)
+    for attention in output.attentions:  # as Abnar and Zuidema give it
+        joint = (0.5 * torch.eye(64) + 0.5 * attention) @ joint
+    torch.testing.assert_close(trees.rollout(output, 64), joint.mean(1))
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
@@ -304,7 +326,10 @@ def test_parts_are_subtrees(tokens, seed, k):
 def test_parts_of_an_image():
     output, grid = output_of(left=(36, 36, 36)), Grid(6, 6, 2)
     for parts, saliency, tree in zip(
-        trees.partitions(output, grid, 3), trees.saliencies(output, grid), trees.trees(output, 36), strict=True
+        trees.partitions(output, grid, 3, "messages"),
+        trees.saliencies(output, grid, "messages"),
+        trees.trees(output, 36),
+        strict=True,
     ):
         assert (parts.labels > 0).equal(saliency.foreground)
         assert parts.labels.max() == 3 and parts.map.shape == (12, 12)

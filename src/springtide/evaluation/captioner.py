@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from statistics import mean, median
-from typing import Any, NamedTuple
+from typing import Any
 
 from springtide.attention.policy import Policy
 from springtide.captioner import Captioner
@@ -15,8 +15,7 @@ from springtide.engine.rows import PromptEmbeds
 from springtide.engine.sampling import Sampling
 from springtide.engine.sequence import Sequence as Decoded
 from springtide.evaluation.report import labels
-from springtide.training.captioner import DESCRIBE, caption
-from springtide.vision.scenes import SceneBatch, questions
+from springtide.vision.scenes import Question, SceneBatch, questions
 
 GREEDY = Sampling(max_tokens=32)
 TIMED = 20  # images of which the time to the first token is measured
@@ -34,21 +33,6 @@ SHOWN = (
 )
 
 
-class Asked(NamedTuple):
-    """A question about an image; ``kind`` says what it is about: foreground, background, or all (a caption)."""
-
-    image: int
-    kind: str
-    question: str
-    answer: str
-
-
-def asked(scenes: SceneBatch, i: int) -> list[Asked]:
-    """All that is asked about scene ``i``."""
-    single = [Asked(i, question.kind, question.text, question.answer) for question in questions(scenes, i)]
-    return [*single, Asked(i, "caption", DESCRIBE, caption(scenes, i))]
-
-
 def evaluate(
     captioner: Captioner, scenes: SceneBatch, keeps: Sequence[float], policies: Sequence[Policy]
 ) -> Iterator[dict[str, Any]]:
@@ -57,7 +41,7 @@ def evaluate(
     Every question is answered twice from the same image tokens: without a drafter, and with lookup.
     """
     images = [scenes.images[i : i + 1] for i in range(len(scenes.images))]
-    everything = [one for i in range(len(images)) for one in asked(scenes, i)]
+    everything = [(i, question) for i in range(len(images)) for question in questions(scenes, i)]
     for policy, name in zip(policies, labels(policies), strict=True):
         plain = captioner.engine.using(policy)
         drafted = plain.drafting(Lookup())
@@ -66,7 +50,7 @@ def evaluate(
             embeds = [captioner.embeds(image, keep) for image in images]
             found = _answers(captioner, plain, embeds, everything)
             again = _answers(captioner, drafted, embeds, everything)
-            right = [one.text == wanted.answer for one, wanted in zip(found, everything, strict=True)]
+            right = [(wanted, one.text == wanted.answer) for one, (_, wanted) in zip(found, everything, strict=True)]
             stats = [one.stats() for one in again]
             yield {
                 "policy": name,
@@ -74,16 +58,16 @@ def evaluate(
                 "image_tokens": len(embeds[0]),
                 "images": len(images),
                 **{
-                    kind: mean(ok for ok, one in zip(right, everything, strict=True) if one.kind == kind)
+                    kind: mean(ok for question, ok in right if question.kind == kind)
                     for kind in ("foreground", "background", "caption")
                 },
                 "questions": {
-                    text: mean(ok for ok, one in zip(right, everything, strict=True) if one.question == text)
-                    for text in dict.fromkeys(one.question for one in everything)
+                    text: mean(ok for question, ok in right if question.text == text)
+                    for text in dict.fromkeys(question.text for question, _ in right)
                 },
                 "prompt_tokens": mean(one.prompt_tokens for one in stats),
                 "prompt_kv_bytes": mean(one.output_start * _bytes_of_a_token(one) for one in found),
-                "ttft_ms": median(_ttft(captioner, plain, image, keep, everything[0]) for image in images[:TIMED]),
+                "ttft_ms": median(_ttft(captioner, plain, image, keep, everything[0][1]) for image in images[:TIMED]),
                 "acceptance_length": mean(one.acceptance_length for one in stats if one.acceptance_length),
                 "outputs_equal": sum(a.output == b.output for a, b in zip(found, again, strict=True)),
                 "outputs": len(everything),
@@ -91,9 +75,13 @@ def evaluate(
 
 
 def _answers(
-    captioner: Captioner, engine: Engine, embeds: Sequence[PromptEmbeds], everything: Sequence[Asked]
+    captioner: Captioner,
+    engine: Engine,
+    embeds: Sequence[PromptEmbeds],
+    everything: Sequence[tuple[int, Question]],
 ) -> list[Decoded]:
-    sequences = [captioner.start(embeds[one.image], one.question, GREEDY, engine) for one in everything]
+    """To questions about the images of these numbers."""
+    sequences = [captioner.start(embeds[image], question.text, GREEDY, engine) for image, question in everything]
     for start in range(0, len(sequences), TOGETHER):
         for _ in engine.run(sequences[start : start + TOGETHER]):
             pass
@@ -105,10 +93,10 @@ def _bytes_of_a_token(sequence: Decoded) -> int:
     return sum(tensor.nbytes for layer in range(sequence.cache.layers) for tensor in sequence.cache.read(layer, 0, 1))
 
 
-def _ttft(captioner: Captioner, engine: Engine, image: Any, keep: float, one: Asked) -> float:
+def _ttft(captioner: Captioner, engine: Engine, image: Any, keep: float, question: Question) -> float:
     """Milliseconds from an image to the first token of an answer."""
     began = time.perf_counter()
-    sequence = captioner.start(captioner.embeds(image, keep), one.question, Sampling(max_tokens=1), engine)
+    sequence = captioner.start(captioner.embeds(image, keep), question.text, Sampling(max_tokens=1), engine)
     for _ in engine.run([sequence]):
         pass
     return 1e3 * (time.perf_counter() - began)

@@ -45,7 +45,7 @@ LEVELS = 256  # thresholds of it
 LOOKED_AT = 64  # scenes at once
 OTHERS, OTHER_WORLD = 256, 2**40  # scenes on which controls are chosen, and their seed: neither trained on nor measured
 PARTS = 3  # body, head, limbs
-PLAIN = {"attention": "forward", "head_selector": False, "controller": False, "prune_by": "norm"}
+PLAIN = {"attention": "forward", "head_selector": False, "controller": False}
 PLAIN_NAME = "plain ViT, untrained"
 
 Classifier = DependencyViTForImageClassification
@@ -106,8 +106,8 @@ def mean_part_iou(found: Tensor, wanted: Tensor) -> float:
 def readings(config: DependencyViTConfig) -> list[tree.By]:
     """By what the model may tell what is salient; the others are the same for all tokens."""
     if config.controller:
-        return ["messages", "received"]
-    return ["received"] if config.attention == "reversed" else []
+        return ["rollout", "messages", "received"]
+    return ["rollout", "received"] if config.attention == "reversed" else ["rollout"]
 
 
 def drawn(output: Output, reverse: bool) -> list[Tensor]:
@@ -183,8 +183,7 @@ def scene_metrics(model: Classifier, batch: SceneBatch) -> Iterator[Metrics | No
         for name, maps in found.items():
             ious[name] += map(iou, (one.mask for one in maps), part.foreground)
             curves[name] += map(precision_recall, (one.map for one in maps), part.foreground)
-        for by in readings(model.config)[:1]:
-            own.add(output, found[by], tree.partitions(output, grid, PARTS, by))
+        own.add(output, found["rollout"], tree.partitions(output, grid, PARTS, "rollout"))
         masks, sent, through = (ask(output, grid.tokens) for ask in (tree.dependency, tree.messages, tree.layers))
         hidden, given = output.last_hidden_state.float().cpu(), F.avg_pool2d(part.foreground.float(), grid.patch) >= 0.5
         for number, tokens in enumerate(inside.nonzero()[:, 0] for inside in given.flatten(1)):
@@ -436,8 +435,9 @@ def evaluate(
         found[name] = Evaluation(
             name, [str(folder) for folder in group], seeds, model.num_parameters(), len(images), prune_by, spreads, []
         )
-    if all(readings(model.config) for model in models.values()):
-        config = DependencyViTConfig.from_dict({**next(iter(models.values())).config.to_dict(), **PLAIN})
+    if not any(PLAIN.items() <= model.config.to_dict().items() for model in models.values()):
+        values = next(iter(models.values())).config.to_dict()
+        config = DependencyViTConfig.from_dict({**values, **PLAIN, "prune_by": "norm"})
         models[PLAIN_NAME] = Classifier(config).to(device).eval()
         count = models[PLAIN_NAME].num_parameters()
         found[PLAIN_NAME] = Evaluation(PLAIN_NAME, [], [], count, 0, config.prune_by, {}, [])

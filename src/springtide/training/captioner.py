@@ -25,26 +25,11 @@ from springtide.training.vision import LR, new_config, new_objective, parameter_
 from springtide.vision.dependency_vit import DependencyViTModel
 from springtide.vision.folder import load_vit
 from springtide.vision.images import DependencyViTImageProcessor
-from springtide.vision.scenes import NUMBERS, SHAPES, TEXTURES, SceneBatch, Scenes, questions, scenes
+from springtide.vision.scenes import Question, SceneBatch, Scenes, questions, scenes
 
 UNKNOWN, END = "<unknown>", "<end>"
-DESCRIBE = "describe the picture"
 LEAST_KEPT = 0.36  # share of the image tokens
 BATCH = 64  # scenes that are measured at a time
-
-
-def caption(batch: SceneBatch, i: int) -> str:
-    """A sentence that says all that there is to know about scene ``i``."""
-    body, head = SHAPES[batch.body[i]], SHAPES[batch.head[i]]
-    limbs, distractors = NUMBERS[batch.limbs[i] - 1], NUMBERS[batch.distractors[i] - 1]
-    return (
-        f"a {body} with a {head} head and {limbs} limbs on {TEXTURES[batch.texture[i]]} with {distractors} distractors"
-    )
-
-
-def exchanges(batch: SceneBatch, i: int) -> list[tuple[str, str]]:
-    """Questions about scene ``i`` and their answers."""
-    return [*((question.text, question.answer) for question in questions(batch, i)), (DESCRIBE, caption(batch, i))]
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
@@ -55,7 +40,8 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
         {
             word
             for i in range(len(batch.body))
-            for text in sum(exchanges(batch, i), ())
+            for question in questions(batch, i)
+            for text in (question.text, question.answer)
             for word, _ in split.pre_tokenize_str(text)
         }
     )
@@ -108,7 +94,7 @@ class Exchanges:
     @cached_property
     def lengths(self) -> list[tuple[int, int]]:
         first = scenes(torch.arange(1), seed=0)
-        return [tuple(map(len, self._encode(exchange))) for exchange in exchanges(first, 0)]  # type: ignore[misc]
+        return [tuple(map(len, self._encode(question))) for question in questions(first, 0)]  # type: ignore[misc]
 
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Images ``[size, 3, H, W]`` and tokens ``[size, T]`` of a step, new in every step."""
@@ -123,14 +109,14 @@ class Exchanges:
     def tokens(self, batch: SceneBatch) -> Tensor:
         """Of all exchanges, ``[B, T]``."""
         rows = [
-            [token for exchange in exchanges(batch, i) for part in self._encode(exchange) for token in part]
+            [token for question in questions(batch, i) for part in self._encode(question) for token in part]
             for i in range(len(batch.body))
         ]
         return torch.tensor(rows)
 
-    def _encode(self, exchange: tuple[str, str]) -> tuple[list[int], list[int]]:
-        question, answer = (self.tokenizer.encode(text) for text in exchange)
-        return question, [*answer, self.tokenizer.eos_token_id]
+    def _encode(self, question: Question) -> tuple[list[int], list[int]]:
+        asked, answer = (self.tokenizer.encode(text) for text in (question.text, question.answer))
+        return asked, [*answer, self.tokenizer.eos_token_id]
 
 
 def starting_vit(folder: Path | None) -> DependencyViTModel:
@@ -182,7 +168,7 @@ class CaptionerObjective:
 
     def loss(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Of images ``[B, 3, H, W]`` and the tokens ``[B, T]`` of their exchanges: a scalar, nats an answer's token."""
-        keep = LEAST_KEPT + (1 - LEAST_KEPT) * torch.rand(()).item() ** 2  # mostly few, with which it is harder
+        keep = max(LEAST_KEPT, torch.rand(()).item() ** 2)  # mostly the fewest, with which it is hardest
         loss, right = self._answer(images, tokens, keep)
         return loss, {"top1": right.float().mean().item()}
 

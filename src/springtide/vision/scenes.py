@@ -84,21 +84,25 @@ class SceneBatch:
 
 
 class Question(NamedTuple):
-    """``kind`` says where to look; the answer is one word."""
+    """``kind`` says where to look; the answer is one word, that of a caption a sentence."""
 
-    kind: Literal["foreground", "background"]
+    kind: Literal["foreground", "background", "caption"]
     text: str
     answer: str
 
 
 def questions(batch: SceneBatch, i: int) -> list[Question]:
-    """What can be asked about scene ``i``."""
+    """What can be asked about scene ``i``; the caption, which comes last, is all the answers."""
+    body, head, texture = SHAPES[batch.body[i]], SHAPES[batch.head[i]], TEXTURES[batch.texture[i]]
+    limbs, distractors = NUMBERS[batch.limbs[i] - 1], NUMBERS[batch.distractors[i] - 1]
+    caption = f"a {body} with a {head} head and {limbs} limbs on {texture} with {distractors} distractors"
     return [
-        Question("foreground", "what shape is the head?", SHAPES[batch.head[i]]),
-        Question("foreground", "what shape is the body?", SHAPES[batch.body[i]]),
-        Question("foreground", "how many limbs are there?", NUMBERS[batch.limbs[i] - 1]),
-        Question("background", "what texture is the background?", TEXTURES[batch.texture[i]]),
-        Question("background", "how many distractors are there?", NUMBERS[batch.distractors[i] - 1]),
+        Question("foreground", "what shape is the head?", head),
+        Question("foreground", "what shape is the body?", body),
+        Question("foreground", "how many limbs are there?", limbs),
+        Question("background", "what texture is the background?", texture),
+        Question("background", "how many distractors are there?", distractors),
+        Question("caption", "describe the picture", caption),
     ]
 
 

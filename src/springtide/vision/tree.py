@@ -19,7 +19,8 @@ from torch import Tensor
 from springtide.errors import SpringtideError
 from springtide.vision.dependency_vit import DependencyViTPreTrainedModel
 
-By = Literal["messages", "received"]
+By = Literal["rollout", "messages", "received"]
+"""By what tokens are salient: the function of that name below."""
 Output = Any
 """A DependencyViTOutput, without the "or None" that every field of a transformers output has by its type."""
 
@@ -75,9 +76,7 @@ def dependency(output: Output, tokens: int) -> Tensor:
     to sum to 1. The column of a token that gave nothing to others is zero.
     Raises SpringtideError for an output without ``attentions``.
     """
-    if output.attentions is None:
-        raise SpringtideError("The output holds no dependency masks; call the model with output_attentions=True.")
-    masks, kept = output.attentions, output.kept
+    masks, kept = _masks(output), output.kept
     batch = torch.arange(len(masks[0]), device=masks[0].device)[:, None, None]
     total: Tensor = masks[0].new_zeros(len(masks[0]), tokens, tokens)
     for mask, indices in zip(masks, kept, strict=True):
@@ -113,6 +112,30 @@ def received(output: Output, tokens: int) -> Tensor:
     for indices, mass in zip(output.kept, output.received, strict=True):
         found.scatter_add_(1, indices, mass.float())
     return found / len(output.kept)
+
+
+def rollout(output: Output, tokens: int) -> Tensor:
+    """How much of the image's feature came from each token, ``[B, N]``, fp32; it sums to 1 over tokens.
+
+    The feature is a mean of tokens, weighted by their messages. It is followed back through the dependency masks of all
+    layers: a token came out of each as itself, of weight 1, and what its children gave it. This is attention rollout
+    (Abnar and Zuidema, 2020); for a plain ViT it is exactly that.
+    Raises SpringtideError for an output without ``attentions``.
+    """
+    masks = _masks(output)
+    found = torch.zeros(len(masks[0]), tokens, device=masks[0].device)
+    found.scatter_(1, output.indices, output.messages.float())
+    for indices, mask in zip(reversed(output.kept), reversed(masks), strict=True):
+        held = found.gather(1, indices)
+        found.scatter_add_(1, indices, (held[:, None] @ mask.float())[:, 0])
+    return _ratio(found, found.sum(1, keepdim=True))
+
+
+def _masks(output: Output) -> tuple[Tensor, ...]:
+    if output.attentions is None:
+        raise SpringtideError("The output holds no dependency masks; call the model with output_attentions=True.")
+    masks: tuple[Tensor, ...] = output.attentions
+    return masks
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
@@ -270,10 +293,10 @@ def salient(values: Tensor, grid: Grid) -> Saliency:
     return Saliency(values, otsu(values), grid)
 
 
-def saliencies(output: Output, grid: Grid, by: By = "messages") -> list[Saliency]:
-    """The saliency of each image, by what tokens still send at the end or by what they received."""
-    values = messages(output, grid.tokens) if by == "messages" else received(output, grid.tokens)
-    return [salient(row, grid) for row in values]
+def saliencies(output: Output, grid: Grid, by: By = "rollout") -> list[Saliency]:
+    """The saliency of each image, by what reached its feature, what tokens still send, or what they received."""
+    reading = {"rollout": rollout, "messages": messages, "received": received}[by]
+    return [salient(row, grid) for row in reading(output, grid.tokens)]
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
@@ -320,7 +343,7 @@ def _check_parts(k: int) -> None:
         raise SpringtideError(f"A foreground cannot be cut into {k} parts; give 1 or more.")
 
 
-def partitions(output: Output, grid: Grid, k: int, by: By = "messages") -> list[Parts]:
+def partitions(output: Output, grid: Grid, k: int, by: By = "rollout") -> list[Parts]:
     """The ``k`` parts of each image: subtrees of the tree of its foreground, cut where edges are weakest.
 
     The tree is decoded from the foreground's tokens alone, so that it is one. Where the foreground is all tokens from
@@ -411,12 +434,12 @@ def tree(model: DependencyViTPreTrainedModel, pixel_values: Tensor) -> Tree:
     return trees(output, grid.tokens)[0]
 
 
-def saliency(model: DependencyViTPreTrainedModel, pixel_values: Tensor, by: By = "messages") -> Saliency:
+def saliency(model: DependencyViTPreTrainedModel, pixel_values: Tensor, by: By = "rollout") -> Saliency:
     """What stands out in an image, ``[1, 3, height, width]``, see :func:`saliencies`."""
     return saliencies(*_look_at_one(model, pixel_values), by)[0]
 
 
-def parts(model: DependencyViTPreTrainedModel, pixel_values: Tensor, k: int, by: By = "messages") -> Parts:
+def parts(model: DependencyViTPreTrainedModel, pixel_values: Tensor, k: int, by: By = "rollout") -> Parts:
     """The ``k`` parts of what stands out in an image, ``[1, 3, height, width]``, see :func:`partitions`."""
     return partitions(*_look_at_one(model, pixel_values), k, by)[0]
 
