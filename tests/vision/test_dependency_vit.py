@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, pipeline
 
 from springtide.errors import SpringtideError
 from springtide.vision.dependency_vit import (
@@ -20,6 +21,7 @@ from springtide.vision.dependency_vit import (
     counts,
     create_model,
 )
+from springtide.vision.images import DependencyViTImageProcessor
 
 POCKET = "dependency_vit_pocket_patch8_64"
 SMALL = {
@@ -192,6 +194,19 @@ def test_files_round_trip(tmp_path):
     assert torch.equal(one.logits, two.logits) and torch.equal(one.indices, two.indices)
     assert loaded.config.prune_by == "received"
     assert type(AutoModelForImageClassification.from_pretrained(tmp_path)) is DependencyViTForImageClassification
+
+
+def test_pipelines_of_transformers_take_a_folder(tmp_path):
+    model = create_model(POCKET).eval()
+    model.save_pretrained(tmp_path)
+    processor = DependencyViTImageProcessor(size={"height": 64, "width": 64})
+    processor.save_pretrained(tmp_path)
+    picture = Image.new("L", (90, 50), 200)
+    found = pipeline("image-classification", model=str(tmp_path), top_k=9)(picture)
+    with torch.no_grad():
+        expected = model(processor(picture, return_tensors="pt")["pixel_values"]).logits.softmax(-1)[0]
+    scores = {one["label"]: one["score"] for one in found}
+    torch.testing.assert_close(torch.tensor([scores[f"LABEL_{n}"] for n in range(9)]), expected)
 
 
 def test_masked_images_learn_to_be_painted():

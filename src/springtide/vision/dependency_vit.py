@@ -15,14 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForMaskedImageModeling,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
@@ -509,10 +502,3 @@ def create_model(name: str, **options: Any) -> DependencyViTForImageClassificati
     if name not in MODELS:
         raise SpringtideError(f"Unknown model '{name}': choose one of {', '.join(MODELS)}.")
     return DependencyViTForImageClassification(DependencyViTConfig(**{**MODELS[name], **options}))
-
-
-# So that transformers' Auto classes, and its pipelines, take folders of these models once this module is imported.
-AutoConfig.register(DependencyViTConfig.model_type, DependencyViTConfig)
-AutoModel.register(DependencyViTConfig, DependencyViTModel)
-AutoModelForImageClassification.register(DependencyViTConfig, DependencyViTForImageClassification)
-AutoModelForMaskedImageModeling.register(DependencyViTConfig, DependencyViTForMaskedImageModeling)
