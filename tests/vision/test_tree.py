@@ -319,8 +319,27 @@ def test_parts_are_subtrees(tokens, seed, k):
     assert labels.unique().tolist() == list(range(min(k, tokens)))
     joins = [token for token in tree.order[1:] if labels[token] == labels[tree.parents[token]]]
     assert len(joins) == tokens - min(k, tokens)  # so each part hangs together
-    cuts = [tree.weights[token] for token in tree.order[1:] if token not in joins]
-    assert max(cuts, default=0) <= min((tree.weights[token] for token in joins), default=1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(k=st.integers(2, 6), **tokens_and_seeds)
+def test_edges_are_cut_by_weight_and_by_the_sizes_they_leave(tokens, seed, k):
+    tree = decode(random_dependency(tokens, seed), torch.rand(tokens, generator=torch.Generator().manual_seed(seed)))
+    graph = networkx.Graph((token, int(tree.parents[token])) for token in tree.order[1:])
+    graph.add_nodes_from(tree.order)
+
+    def cost(token):
+        rest = graph.copy()
+        rest.remove_edge(token, int(tree.parents[token]))
+        sides = (len(networkx.node_connected_component(rest, end)) for end in (token, int(tree.parents[token])))
+        return float(tree.weights[token]) * sum(1 / side for side in sides)
+
+    for _ in range(min(k, tokens) - 1):
+        worst = min((child for child in tree.order[1:] if graph.has_edge(child, int(tree.parents[child]))), key=cost)
+        graph.remove_edge(worst, int(tree.parents[worst]))
+    labels = cut(tree, k)
+    expected = {frozenset(part) for part in networkx.connected_components(graph)}
+    assert {frozenset((labels == label).nonzero()[:, 0].tolist()) for label in labels.unique()} == expected
 
 
 def test_parts_of_an_image():
@@ -335,8 +354,8 @@ def test_parts_of_an_image():
         assert parts.labels.max() == 3 and parts.map.shape == (12, 12)
         inside = [token for token in tree.order[1:] if saliency.foreground[token]]
         assert all(saliency.foreground[tree.parents[token]] for token in inside)
-        weakest = sorted(inside, key=lambda token: tree.weights[token])[:2]
-        assert {token for token in inside if parts.labels[token] != parts.labels[tree.parents[token]]} == set(weakest)
+        cuts = [token for token in inside if parts.labels[token] != parts.labels[tree.parents[token]]]
+        assert len(cuts) == 2
 
 
 def test_features_of_parts_are_means_of_tokens_that_were_left():

@@ -324,18 +324,34 @@ class Parts:
 
 
 def cut(tree: Tree, k: int) -> Tensor:
-    """The parts, from 0 and by rank, of a tree that loses its ``k - 1`` weakest edges, ``[N]``, int64.
+    """The parts, from 0 and by rank, of a tree that loses ``k - 1`` edges, ``[N]``, int64.
 
+    The edge that goes next is the weakest one for the sizes ``a`` and ``b`` of what it would leave: that of the least
+    ``weight (1/a + 1/b)``, the ratio cut. By mere weight, single leaves would come off one after the other.
     Raises SpringtideError for ``k`` below 1. A tree of fewer than ``k`` tokens has as many parts as tokens.
     """
     _check_parts(k)
-    weakest = tree.weights[tree.order[1:]].argsort(stable=True)[: k - 1] + 1
-    heads = {tree.root, *(tree.order[place] for place in weakest.tolist())}
-    labels, count = torch.empty_like(tree.parents), 0
+    heads = {tree.root}
+    while len(heads) < min(k, len(tree.order)):
+        labels, below = _components(tree, heads)
+        whole = labels.bincount()[labels]
+        cost = (tree.weights * (1 / below + 1 / (whole - below))).tolist()
+        heads.add(min((token for token in tree.order if token not in heads), key=cost.__getitem__))
+    return _components(tree, heads)[0]
+
+
+def _components(tree: Tree, heads: set[int]) -> tuple[Tensor, Tensor]:
+    """The part of each token, and its subtree's size in the part, when ``heads`` lose their parents."""
+    labels, sizes = torch.empty_like(tree.parents), torch.ones_like(tree.parents)
+    for label, token in enumerate(sorted(heads, key=lambda head: int(tree.rank[head]))):
+        labels[token] = label
     for token in tree.order:
-        labels[token] = count if token in heads else labels[tree.parents[token]]
-        count += token in heads
-    return labels
+        if token not in heads:
+            labels[token] = labels[tree.parents[token]]
+    for token in reversed(tree.order):
+        if token not in heads:
+            sizes[tree.parents[token]] += sizes[token]
+    return labels, sizes
 
 
 def _check_parts(k: int) -> None:
@@ -344,7 +360,7 @@ def _check_parts(k: int) -> None:
 
 
 def partitions(output: Output, grid: Grid, k: int, by: By = "rollout") -> list[Parts]:
-    """The ``k`` parts of each image: subtrees of the tree of its foreground, cut where edges are weakest.
+    """The ``k`` parts of each image: subtrees of the tree of its foreground, see :func:`cut`.
 
     The tree is decoded from the foreground's tokens alone, so that it is one. Where the foreground is all tokens from
     some rank up, as it is by ``messages`` without pruning, it is the upper end of the image's tree.
