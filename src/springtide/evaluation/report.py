@@ -82,7 +82,7 @@ def plot_lines(
 ) -> None:
     """A picture of named lines ``(xs, ys)``; a value that has no x (None) becomes a horizontal line."""
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
     for number, (name, (xs, ys)) in enumerate(series.items()):
         if xs[0] is None:
             axes.axhline(ys[0], label=name, color=f"C{number}", linestyle=":")
@@ -100,7 +100,7 @@ def plot_lines(
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     _save(figure, path)
 
 
