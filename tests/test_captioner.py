@@ -1,6 +1,7 @@
 """The captioner: what is trained in one pass is what the engine decodes, with all image tokens or with some."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,12 @@ from springtide.training.captioner import (
     new_tokenizer,
     tree_mask,
 )
-from springtide.vision.dependency_vit import DependencyViTConfig, DependencyViTModel
+from springtide.vision.dependency_vit import (
+    DependencyViTConfig,
+    DependencyViTForImageClassification,
+    DependencyViTForMaskedImageModeling,
+    DependencyViTModel,
+)
 from springtide.vision.scenes import Scenes, questions, scenes
 
 SMALL = {
@@ -130,6 +136,7 @@ def test_it_learns():
     held_out = scenes(-1 - torch.arange(4), 0, 32)
     made.calibrate(held_out.images, made.data.tokens(held_out))
     assert {len(shares) for shares in made.accuracy.values()} == {6}
+    assert "how many limbs are there?" in made.accuracy["0.36"]
 
 
 def test_files_round_trip(objective, folder):
@@ -202,6 +209,20 @@ def test_see_on_the_command_line(tmp_path):
     assert Image.open(page).size[0] > 1000
 
 
+@pytest.mark.parametrize("kind", [DependencyViTForImageClassification, DependencyViTForMaskedImageModeling])
+def test_see_with_a_vision_model_alone(tmp_path, kind):
+    kind(DependencyViTConfig(**{**SMALL, "id2label": {0: "cat", 1: "dog"}})).save_pretrained(tmp_path / "vit")
+    Image.new("L", (30, 20)).save(tmp_path / "photo.png")
+    paths = ["--out", str(tmp_path / "page.png"), "--json", str(tmp_path / "see.json")]
+    command = ["see", str(tmp_path / "photo.png"), "--model", str(tmp_path / "vit"), "--keep", "0.5", *paths]
+    result = CliRunner().invoke(app, command)
+    found = json.loads((tmp_path / "see.json").read_text())
+    assert result.exit_code == 0 and found["image_tokens"] == 8
+    assert result.stdout.strip() == found.get("text", "")
+    assert (found.get("text") in ("cat", "dog")) == (kind is DependencyViTForImageClassification)
+    assert Image.open(tmp_path / "page.png").size[0] > 1000
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -209,10 +230,16 @@ def test_see_on_the_command_line(tmp_path):
         (["scene.png", "--keep", "0"], "cannot be kept"),
         (["scene.png", "--question", "why?"], "knows these words only"),
         (["scene.png", "--model", "."], "no captioner's folder"),
+        (["scene.png", "--question", " "], "There is no question"),
+        (["scene.png", "--json", "scene.png"], "'scene.png' is the image itself"),
+        (["scene.png", "--json", "page.png"], "'page.png' is named twice"),
+        (["scene.png", "--model", "vit", "--draft", "lookup"], "'vit' holds no captioner, so it answers nothing"),
     ],
 )
 def test_see_refuses(tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
     Image.new("L", (30, 20)).save("scene.png")
+    Path("vit").mkdir()
+    Path("vit/config.json").write_text("{}")
     result = CliRunner().invoke(app, ["see", *options, "--out", "page.png"])
     assert words in str(result.exception) and not (tmp_path / "page.png").exists()

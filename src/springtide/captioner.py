@@ -108,8 +108,10 @@ class Captioner:
     def start(self, embeds: PromptEmbeds, question: str, sampling: Sampling, engine: Engine | None = None) -> Sequence:
         """A sequence that will answer ``question`` about an image, in ``engine`` if it has another policy or drafter.
 
-        Raises SpringtideError for words that the language model lacks.
+        Raises SpringtideError for an empty question, and for words that the language model lacks.
         """
+        if not question.strip():
+            raise SpringtideError("There is no question; ask one, such as 'describe the picture'.")
         engine = engine or self.engine
         tokenizer, tokens = engine.tokenizer, engine.encode(question)
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens:

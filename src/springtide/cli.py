@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 EXCERPT = Path(__file__).parent / "data" / "excerpt.txt"
+LAST_SEED = 2**63 - 1
+MOST_ANSWERED = 64  # tokens, about an image
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 train_app = typer.Typer(no_args_is_help=True, help="Train models and drafters.")
@@ -275,42 +277,79 @@ def calibrate(
 @app.command()
 def see(
     image: Annotated[Path, typer.Argument(help="Image file.")],
-    question: Annotated[str, typer.Option(help="What to ask about it.")] = "describe the picture",
-    model: Annotated[str, typer.Option(help="Captioner's folder, or 'pocket' for the bundled one.")] = "pocket",
-    keep: Annotated[float | None, typer.Option(help="Share of the image's tokens to keep (default: all).")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="What to ask about it (default: 'describe the picture').")
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Folder of a captioner, or of a DependencyViT, which answers nothing; 'pocket' is the bundled "
+            "captioner, which knows the synthetic scenes only."
+        ),
+    ] = "pocket",
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the image's tokens to keep (default: as the model was trained).")
+    ] = None,
     parts: Annotated[int, typer.Option(min=1, help="Parts to cut the foreground into.")] = 3,
     out: Annotated[Path | None, typer.Option(help="Draw tree, saliency, parts and kept tokens to this PNG.")] = None,
     policy: PolicyText = "dense",
-    draft: Draft = None,
+    draft: Annotated[str | None, typer.Option(help="Drafter: lookup, or a drafter's folder.")] = None,
     json_file: Json = None,
     device: Device = None,
 ) -> None:
     """Answer a question about an image, and draw what the vision model made of it."""
     from transformers.utils import logging
 
-    from springtide.captioner import Captioner
+    from springtide.captioner import PROJECTOR, Captioner
     from springtide.evaluation.report import check_target, write_json
-    from springtide.vision.images import read_image
+    from springtide.loading import as_device
+    from springtide.vision.folder import load_any
+    from springtide.vision.images import DependencyViTImageProcessor, read_image
     from springtide.vision.page import draw_page
     from springtide.vision.tree import Grid, look, partitions, saliencies, trees
 
     check_target(json_file, out)
+    if image.resolve() in (path.resolve() for path in (json_file, out) if path):
+        raise SpringtideError(f"'{image}' is the image itself; choose another file for what is found.")
     picture = read_image(image)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    captioner = Captioner.load(model, policy=policy, device=device, draft=draft)
-    output = captioner.ask(picture, question, keep)
-    print(output.text)
+    folder = Path(model).expanduser()
+    if model != "pocket" and (folder / "config.json").exists() and not (folder / PROJECTOR).exists():
+        if question or draft:
+            raise SpringtideError(
+                f"'{folder}' holds no captioner, so it answers nothing; leave out --question and --draft."
+            )
+        vit = load_any(folder).to(as_device(device)).eval()
+        side = vit.config.image_size
+        processor = DependencyViTImageProcessor(size={"height": side, "width": side})
+        pixels = processor(picture, return_tensors="pt")["pixel_values"].to(vit.device)
+        found = _named(vit, pixels, keep)
+    else:
+        captioner = Captioner.load(model, policy=policy, device=device, draft=draft)
+        vit, pixels = captioner.vit, captioner.pixels(picture)
+        question = question or "describe the picture"
+        output = captioner.ask(picture, question, keep, max_tokens=MOST_ANSWERED)
+        found = {"question": question, **output.as_json()}
+    seen, grid = look(vit, pixels, keep), Grid.of(pixels, vit.config.patch_size)
+    kept = seen.indices.shape[1]
+    if answer := found.get("text"):
+        print(answer)
     if out:
-        pixels = captioner.pixels(picture)
-        seen, grid = look(captioner.vit, pixels, keep), Grid.of(pixels, captioner.vit.config.patch_size)
-        found = zip(trees(seen, grid.tokens), saliencies(seen, grid), partitions(seen, grid, parts), strict=True)
-        [(tree, salient, cut)] = found
-        draw_page(
-            out, picture, seen, tree, salient, cut, {"image": image.name, "asked": question, "answer": output.text}
-        )
+        [tree], [salient] = trees(seen, grid.tokens), saliencies(seen, grid)
+        [cut] = partitions(seen, grid, parts)
+        facts = {"image": image.name, "asked": question, "answer": answer, "kept": f"{kept} of {grid.tokens} tokens"}
+        draw_page(out, picture, seen, tree, salient, cut, {name: fact for name, fact in facts.items() if fact})
     if json_file:
-        write_json(json_file, {"question": question, **output.as_json()})
+        write_json(json_file, {**found, "image_tokens": kept})
+
+
+def _named(vit: Any, pixels: Any, keep: float | None) -> dict[str, Any]:
+    """The class of an image and its probability, from a classifier; nothing from other vision models."""
+    if not hasattr(vit, "classifier"):
+        return {}
+    score, label = vit(pixels, keep=keep).logits[0].softmax(0).max(0)
+    return {"text": vit.config.id2label[label.item()], "score": round(score.item(), 4)}
 
 
 @train_app.command("pocket")
@@ -384,7 +423,9 @@ class Training:
     batch: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 8
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 256
     lr: Annotated[float | None, typer.Option(help="Highest learning rate (default: the method's).")] = None
-    seed: Annotated[int, typer.Option(help="Seed of the order of the data, and of what the model writes.")] = 0
+    seed: Annotated[
+        int, typer.Option(min=0, max=LAST_SEED, help="Seed of the order of the data, and of what the model writes.")
+    ] = 0
     json_file: Json = None
     device: Device = None
     dtype: Dtype = None
@@ -484,7 +525,9 @@ def train_dependency_vit(
         Literal["labels", "masked"],
         typer.Option(help="Learn from labels, or to paint patches that are hidden, which needs none."),
     ] = "labels",
-    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels of a side (default: the model's).")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Pixels of a side (default: the model's).")
+    ] = None,
     patch_size: Annotated[
         int | None, typer.Option(min=1, help="Pixels of a token's side (default: the model's).")
     ] = None,
@@ -507,7 +550,9 @@ def train_dependency_vit(
     steps: Annotated[int, typer.Option(min=0, help="Steps of optimization; 0 makes an untrained control.")] = 2000,
     batch: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 64,
     lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate, of matrices; others have a fifth.")] = 5e-3,
-    seed: Annotated[int, typer.Option(help="Seed of initial weights, of the data and of what is drawn.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LAST_SEED, help="Seed of initial weights, of the data and of what is drawn.")
+    ] = 0,
     json_file: Json = None,
     device: Device = None,
 ) -> None:
@@ -541,6 +586,7 @@ def train_dependency_vit(
     accelerator = new_accelerator(place)
     config = vision.new_config(model or "pocket", **own) if start is None else load_config(start)
     images = vision.find_data(data, config.image_size)
+    held_out = images.held_out(vision.HELD_OUT)  # read now, lest a damaged file be met after hours of training
     origin = start and str(start)
     record = {
         "objective": objective,
@@ -565,7 +611,7 @@ def train_dependency_vit(
         train(trainer)
         if not accelerator.is_main_process:
             return
-        result = {"objective": objective, **trainer.finish(*images.held_out(vision.HELD_OUT))}
+        result = {"objective": objective, **trainer.finish(*held_out)}
     if json_file:
         write_json(json_file, result)
     found = "" if result["accuracy"] is None else f", which names {result['accuracy']:.1%} of images held out rightly"
@@ -582,7 +628,7 @@ def train_captioner(
     steps: Annotated[int, typer.Option(min=1, help="Steps of optimization.")] = 1500,
     batch: Annotated[int, typer.Option(min=1, help="Scenes in a step.")] = 64,
     lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate, of matrices; others have a fifth.")] = 5e-3,
-    seed: Annotated[int, typer.Option(help="Seed of initial weights and of the scenes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of initial weights and of the scenes.")] = 0,
     json_file: Json = None,
     device: Device = None,
 ) -> None:
@@ -897,6 +943,7 @@ def eval_dependency_vit(
     ] = "pocket",
     data: Images = "scenes",
     images: Annotated[int, typer.Option(min=1, help="Images held out to measure on, at most.")] = 1000,
+    costs: Annotated[bool, typer.Option(help="Measure operations, memory and time, too.")] = True,
     json_file: Json = None,
     plot: Plot = None,
     device: Device = None,
@@ -918,9 +965,8 @@ def eval_dependency_vit(
     transformers_logging.disable_progress_bar()
     configs = [load_config(folder) for folder in folders]
     source = find_data(data, configs[0].image_size)
-    found = _last(
-        vision.evaluate(folders, source, images, as_device(device)), vision.steps(folders, images), "measuring"
-    )
+    measured = vision.evaluate(folders, source, images, as_device(device), costs)
+    found = _last(measured, vision.steps(folders, images, costs), "measuring")
     if json_file:
         write_json(json_file, [asdict(row) for row in found])
     vision.show(found)

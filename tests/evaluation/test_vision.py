@@ -241,10 +241,11 @@ def test_eval(run, tmp_path, small):
 
 def test_a_plain_vit_among_the_models(run, tmp_path, small):
     folder = save(tmp_path / "vit", **PLAIN)
-    run("eval", "dependency-vit", "--model", folder, "--images", 5, "--json", tmp_path / "out.json")
+    run("eval", "dependency-vit", "--model", folder, "--images", 5, "--no-costs", "--json", tmp_path / "out.json")
     (only,) = json.loads((tmp_path / "out.json").read_text())
     assert {"iou_attention", "iou_rollout", "ari_tree", "miou_tree"} <= set(only["metrics"])
     assert not {"iou_messages", "iou_received"} & set(only["metrics"])
+    assert only["costs"] == []
 
 
 def test_mistakes(run, tmp_path, small, monkeypatch):
@@ -275,8 +276,8 @@ def test_images_that_are_no_scenes(small, tmp_path):
         def held_out(self, limit):
             return Scenes(32).batch(0, limit, 0)
 
-    found = list(vision.evaluate([save(tmp_path)], Pictures(), 5, torch.device("cpu")))[-1]
+    found = list(vision.evaluate([save(tmp_path)], Pictures(), 5, torch.device("cpu"), True))[-1]
     assert not [name for name in found[0].metrics if not name.startswith("accuracy")]
     Pictures.classes = ["a", "b"]
     with pytest.raises(SpringtideError, match="knows other classes"):
-        list(vision.evaluate([tmp_path], Pictures(), 5, torch.device("cpu")))
+        list(vision.evaluate([tmp_path], Pictures(), 5, torch.device("cpu"), True))

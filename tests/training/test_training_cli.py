@@ -135,7 +135,11 @@ def test_a_checkpoint_of_other_options(train):
         ("medusa", ["--data", "b.txt", "--length", 4], "Windows of 4 tokens are too short"),
         ("medusa", ["--data", "b.txt", "--hold-out", "c.txt"], "--hold-out names files of a folder"),
         ("medusa", ["--data", "b.txt", "--json", "no/such/out.json"], "there is no folder"),
-        ("medusa", ["--data", "b.txt", "--out", "a.txt"], "a.txt cannot be written"),
+        (
+            "medusa",
+            ["--data", "b.txt", "--out", "a.txt"],
+            "'a.txt' cannot be made a folder (File exists); choose another --out",
+        ),
         ("hidden-transfer", ["--data", "b.txt", "--layers", "2,3"], "--layers is '2,3', but it must be whole numbers"),
         ("hidden-transfer", ["--data", "b.txt", "--layers", "3+2"], "must ascend, from 0 to 3 at most"),
         ("hidden-transfer", ["--data", "b.txt", "--layers", "2+4"], "must ascend, from 0 to 3 at most"),

@@ -13,13 +13,14 @@ from springtide.training import vision
 from springtide.training.running import make_folder
 from springtide.training.trainer import Trainer, train
 from springtide.training.vision import Ahead, LabelsObjective, MaskedObjective
+from springtide.vision import images
 from springtide.vision.dependency_vit import (
     DependencyViTConfig,
     DependencyViTForImageClassification,
     DependencyViTForMaskedImageModeling,
 )
 from springtide.vision.folder import load_config, load_vit
-from springtide.vision.images import DependencyViTImageProcessor
+from springtide.vision.images import DependencyViTImageProcessor, ImageFolder
 
 TINY = {
     "image_size": 16,
@@ -282,8 +283,8 @@ def test_train(fit, tmp_path, caplog):
         "lr": 0.002,
         "seed": 5,
     }
-    fit(*arguments, "--keep", 0.4).refused("belongs to another keep: choose another --out")
-    fit(*arguments, "--objective", "masked").refused("belongs to another objective and keep")
+    fit(*arguments, "--keep", 0.4).refused("belongs to another --keep: choose another --out")
+    fit(*arguments, "--objective", "masked").refused("belongs to another objective and --keep")
     fit(*arguments, "--objective", "masked", out="masked")
     assert json.loads((tmp_path / "out.json").read_text())["accuracy"] is None
     found = fit(*arguments[:2], "--steps", 1, "--batch", 4, "--from", tmp_path / "masked", out="tuned")
@@ -305,9 +306,33 @@ def test_a_folder_of_images(fit, tmp_path):
             Image.new("RGB", (20, 16), colour).save(tmp_path / "images" / name / f"{number}.png")
     found = fit("--data", tmp_path / "images", "--image-size", 16, "--steps", 2, "--batch", 4)
     assert found.id2label == {0: "night", 1: "snow"}
-    (tmp_path / "images" / "snow" / "0.png").write_bytes(b"no image")
-    (tmp_path / "images" / "snow" / "1.png").write_bytes(b"no image")
-    fit("--data", tmp_path / "images", "--image-size", 16, "--steps", 2, "--batch", 4, out="b").refused("is no image")
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_damaged_images_cost_no_work(fit, tmp_path, held_out):
+    for name in ("night", "snow"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(5):
+            Image.new("RGB", (20, 16)).save(tmp_path / "images" / name / f"{number}.png")
+    data = ImageFolder(tmp_path / "images", 16)
+    number = int(data.held[0] if held_out else data.trained[images._order(len(data.trained), 0, 0)[-1]])
+    bad = tmp_path / "images" / ("night", "snow")[number // 5] / f"{number % 5}.png"
+    good = bad.read_bytes()
+    bad.write_bytes(b"no image")
+    arguments = ["--data", tmp_path / "images", "--image-size", 16, "--steps", 4, "--batch", 2]
+    fit(*arguments).refused("is no image")
+    assert (tmp_path / "out" / "checkpoint.pt").exists() != held_out  # held-out ones are read before the first step
+    bad.write_bytes(good)
+    fit(*arguments)
+
+
+def test_one_class_is_none(fit, tmp_path):
+    (tmp_path / "images" / "night").mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (16, 16)).save(tmp_path / "images" / "night" / f"{number}.png")
+    arguments = ["--data", tmp_path / "images", "--image-size", 16, "--steps", 1, "--batch", 2]
+    fit(*arguments).refused("One class cannot be told from others; add more, or use --objective masked")
+    fit(*arguments, "--objective", "masked", out="painter")
 
 
 @pytest.mark.parametrize(

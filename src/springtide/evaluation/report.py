@@ -18,10 +18,11 @@ from springtide.files import replacing
 
 
 def check_target(*paths: Path | None) -> None:
-    """Raise SpringtideError, before any work is done, for a file that could not be written after it."""
-    for path in paths:
-        if path is None:
-            continue
+    """Raise SpringtideError, before any work is done, for a file that could not be written after it, or named twice."""
+    given = [path for path in paths if path is not None]
+    if len({path.resolve() for path in given}) < len(given):
+        raise SpringtideError(f"'{given[0]}' is named twice; choose a file for each result.")
+    for path in given:
         folder = path.parent
         if not folder.is_dir():
             raise SpringtideError(f"'{path}' cannot be written: there is no folder '{folder}'; create it first.")

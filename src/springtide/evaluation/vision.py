@@ -394,18 +394,19 @@ def grouped(folders: Sequence[Path]) -> dict[str, list[Path]]:
     return found
 
 
-def steps(folders: Sequence[Path], images: int) -> int:
+def steps(folders: Sequence[Path], images: int, costed: bool) -> int:
     """About how often :func:`evaluate` yields before its result."""
-    return len(folders) * (images + len(SCORES) * len(KEEPS)) + len(TOKENS) * (TURNS + 1)
+    return len(folders) * (images + len(SCORES) * len(KEEPS)) + costed * len(TOKENS) * (TURNS + 1)
 
 
 def evaluate(
-    folders: Sequence[Path], data: LabelledData, limit: int, device: torch.device
+    folders: Sequence[Path], data: LabelledData, limit: int, device: torch.device, costed: bool
 ) -> Iterator[list[Evaluation] | None]:
     """All there is to know about the models in folders; yields None for progress, and the result last.
 
     Args:
         data: whose images held out, ``limit`` at most, are measured. Parts and saliency are measured on scenes.
+        costed: whether cost is measured too.
 
     Raises SpringtideError for folders without a classifier, and for one of other classes or image size than the data.
     """
@@ -435,6 +436,9 @@ def evaluate(
         found[name] = Evaluation(
             name, [str(folder) for folder in group], seeds, model.num_parameters(), len(images), prune_by, spreads, []
         )
+    if not costed:
+        yield list(found.values())
+        return
     if not any(PLAIN.items() <= model.config.to_dict().items() for model in models.values()):
         values = next(iter(models.values())).config.to_dict()
         config = DependencyViTConfig.from_dict({**values, **PLAIN, "prune_by": "norm"})

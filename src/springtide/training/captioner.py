@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -47,7 +47,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     )
     vocabulary = {word: number for number, word in enumerate([UNKNOWN, END, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = split
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), split
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN, eos_token=END)
 
 
@@ -90,6 +90,11 @@ class Exchanges:
     @property
     def digest(self) -> str:
         return f"exchanges-{self.scenes.digest}"
+
+    @cached_property
+    def questions(self) -> list[str]:
+        """What is asked about every scene."""
+        return [question.text for question in questions(scenes(torch.arange(1), seed=0), 0)]
 
     @cached_property
     def lengths(self) -> list[tuple[int, int]]:
@@ -141,7 +146,7 @@ class CaptionerObjective:
 
     def __init__(self, vit: DependencyViTModel, data: Exchanges, layers: int = 4, lr: float = LR) -> None:
         self.vit, self.data, self.lr = vit.train(), data, lr
-        self.accuracy: dict[str, list[float]] | None = None
+        self.accuracy: dict[str, dict[str, float]] | None = None
         self.model = new_language_model(data.tokenizer, layers).to(vit.device).train()
         self.projector = Projector(vit.config.hidden_size, self.model.config.hidden_size).to(vit.device)
         self.modules = nn.ModuleDict({"vit": self.vit, "model": self.model, "projector": self.projector})
@@ -174,15 +179,17 @@ class CaptionerObjective:
 
     @torch.no_grad()
     def calibrate(self, images: Tensor, tokens: Tensor) -> None:
-        """Measure ``accuracy``: the share of answers that are right, word for word, with all tokens and the fewest."""
+        """Measure ``accuracy``: of each question, the share of right answers, with all tokens and the fewest."""
         self.vit.eval()
         self.accuracy = {}
-        sizes = [answer for _, answer in self.data.lengths]
+        asked, sizes = self.data.questions, [answer for _, answer in self.data.lengths]
         for keep in (1.0, LEAST_KEPT):
             parts = zip(torch.split(images, BATCH), torch.split(tokens, BATCH), strict=True)
             right = torch.cat([self._answer(*part, keep)[1] for part in parts])
             answers = [own.all(1).float().mean().item() for own in torch.split(right, sizes, 1)]
-            self.accuracy[f"{keep:.2f}"] = [round(share, 4) for share in answers]
+            self.accuracy[f"{keep:.2f}"] = {
+                question: round(share, 4) for question, share in zip(asked, answers, strict=True)
+            }
 
     def _answer(self, images: Tensor, tokens: Tensor, keep: float) -> tuple[Tensor, Tensor]:
         """The loss, and which tokens of the answers are the most probable ones, ``[B, answers]``."""

@@ -39,7 +39,9 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise SpringtideError(
+            f"'{folder}' cannot be made a folder ({error.strerror}); choose another --out."
+        ) from error
 
 
 def write_safely(path: Path, content: bytes) -> None:
@@ -165,6 +167,7 @@ def draw(picture: Path, x: str, panels: Mapping[str, Curves]) -> None:
         if len(curves) > 1:
             axis.legend(ncols=2)
     axes[-1, 0].set_xlabel(x)
+    axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
     figure.tight_layout()
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)

@@ -157,7 +157,11 @@ class Trainer:
         """
         started, accelerator = time.monotonic(), self.accelerator
         torch.manual_seed(hash((self.seed, self.done_steps, accelerator.process_index)) & (2**63 - 1))
-        batch = self.data.batch(self.done_steps, self.batch, self.seed)
+        try:
+            batch = self.data.batch(self.done_steps, self.batch, self.seed)
+        except SpringtideError:  # a file that cannot be read; once it is repaired, training goes on from here
+            self.save()
+            raise
         own = [part[accelerator.process_index :: accelerator.num_processes].to(self.device) for part in batch]
         loss, metrics = self.objective.loss(*own)
         accelerator.backward(loss)

@@ -134,9 +134,9 @@ def adapted(
 
 
 def identity(config: DependencyViTConfig) -> dict[str, Any]:
-    """What tells a model from another, for the trainer's checkpoint."""
+    """What tells a model from another, for the trainer's checkpoint, by the options that set it."""
     names = inspect.signature(DependencyViTConfig).parameters
-    return {name: getattr(config, name) for name in names if name != "kwargs"}
+    return {f"--{name.replace('_', '-')}": getattr(config, name) for name in names if name != "kwargs"}
 
 
 def new_objective(
@@ -209,6 +209,11 @@ class LabelsObjective(VisionObjective):
     """
 
     name = "labels"
+
+    def __init__(self, model: DependencyViTForImageClassification, lr: float = LR) -> None:
+        super().__init__(model, lr)
+        if model.config.num_labels < 2:
+            raise SpringtideError("One class cannot be told from others; add more, or use --objective masked.")
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Of ``images [B, 3, H, W]`` and ``labels [B]``; ``top1``: the share that is named rightly."""

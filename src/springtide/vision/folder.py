@@ -8,7 +8,12 @@ from typing import TypeVar
 import torch
 
 from springtide.errors import SpringtideError
-from springtide.vision.dependency_vit import DependencyViTConfig, DependencyViTPreTrainedModel
+from springtide.vision.dependency_vit import (
+    DependencyViTConfig,
+    DependencyViTForImageClassification,
+    DependencyViTModel,
+    DependencyViTPreTrainedModel,
+)
 
 Model = TypeVar("Model", bound=DependencyViTPreTrainedModel)
 
@@ -67,3 +72,10 @@ def load_vit(kind: type[Model], folder: Path, config: DependencyViTConfig | None
             f"({', '.join(wrong[:3])}); get both anew, or train such a model --from it."
         )
     return model
+
+
+def load_any(folder: Path) -> DependencyViTPreTrainedModel:
+    """The model in a folder, a classifier if it holds one; see :func:`load_vit`."""
+    config = load_config(folder)
+    classifier = DependencyViTForImageClassification
+    return load_vit(classifier if classifier.__name__ in (config.architectures or ()) else DependencyViTModel, folder)

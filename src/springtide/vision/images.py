@@ -29,8 +29,8 @@ class UnknownRange(ValueError):
 def read_image(path: Path) -> Image.Image:
     """The picture in a file, upright and in RGB; the first one of several.
 
-    What is transparent becomes white, and 16 bits become 8. JPEG of more than 40 million pixels is decoded at a half, a
-    quarter or an eighth of its width and height.
+    What is transparent becomes white, and 16 bits become 8. JPEG of more than 40 million pixels, up to the 179 million
+    that Pillow opens, is decoded at a half, a quarter or an eighth of its width and height.
 
     Raises SpringtideError for a file that is missing, damaged, cut short, no image or too large.
     """
@@ -44,7 +44,7 @@ def read_image(path: Path) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
             return _rgb(image)
     except Image.DecompressionBombError:
-        reason = f"has more than the {MOST_PIXELS // 10**6} million pixels that can be read; scale it down"
+        reason = f"has more pixels than can be read, {MOST_PIXELS // 10**6} million (JPEG: 179); scale it down"
     except UnknownRange:
         reason = "has pixels that are no numbers of 8 or 16 bits; convert it to PNG"
     except UnidentifiedImageError:
@@ -196,7 +196,7 @@ class ImageFolder(LabelledImages):
             files += own
         names = [folder.name for folder in folders]
         labels = [names.index(file.parent.name) for file in files]
-        listing = "\n".join(f"{file.relative_to(path)} {file.stat().st_size}" for file in files)
+        listing = "\n".join(str(file.relative_to(path)) for file in files)  # a repaired file makes no other data
         digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
         super().__init__(names, labels, lambda number: read_image(files[number]), image_size, digest, seed)
 

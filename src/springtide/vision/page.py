@@ -26,7 +26,7 @@ PIXELS = 1024  # of the longer side of the image that is drawn, at most
 DPI = 110
 WIDTH, LOWEST, HIGHEST = 15.0, 5.0, 12.0  # inches: the page, and limits of the height of its upper panels
 ABREAST = 6  # images in a row of those that show what was kept
-LINE = 31  # characters of a fact
+LINE, LINES = 31, 4  # characters of a line of a fact, and its lines at most
 BEND = 0.12  # of the tree's edges, as a share of their length; it tells apart those that lie in one line
 OUTLINE = "#00e5ff"
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")  # Okabe and Ito's
@@ -129,12 +129,12 @@ def _draw_facts(axes: Axes, facts: Mapping[str, str]) -> None:
     axes.axis("off")
     names, values = [], []
     for name, value in facts.items():
-        lines = textwrap.wrap(value, LINE) or [""]
+        lines = textwrap.wrap(value, LINE, max_lines=LINES, placeholder=" ...") or [""]
         names += [name] + [""] * (len(lines) - 1)
         values += lines
     for column, place, colour in ((names, 0.0, "0.45"), (values, 0.3, "black")):
-        text = "\n".join(column)
-        axes.text(place, 0.97, text, color=colour, linespacing=1.7, va="top", transform=axes.transAxes)
+        text = axes.text(place, 0.97, "\n".join(column), color=colour, linespacing=1.7, va="top")
+        text.set_in_layout(False)
 
 
 def _draw_tree(axes: Axes, pixels: Pixels, tree: Tree, saliency: Saliency, parts: Parts) -> None:
