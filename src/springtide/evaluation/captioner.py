@@ -30,6 +30,7 @@ SHOWN = (
     "prompt_tokens",
     "ttft_ms",
     "outputs_equal",
+    "outputs",
 )
 
 

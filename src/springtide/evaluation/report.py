@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -55,15 +55,25 @@ def _option(value: Any) -> str:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Print rows that share their keys, which become the columns."""
+    """Print rows that share their keys, which become the columns.
+
+    Names are broken into lines where the columns are too many for the terminal; cells never are.
+    """
     if not rows:
         return
-    table = Table(box=None, header_style="bold")
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        table.add_row(*(shown(value) for value in row.values()))
-    Console().print(table)
+    console, unlimited = Console(), Console(width=10_000)
+    for space in (" ", "\n"):
+        table = Table(box=None, header_style="bold")
+        for name, value in rows[0].items():
+            justify: Literal["left", "right"] = "left" if isinstance(value, str) else "right"
+            table.add_column(name.replace("_", space).replace(" ", space), justify=justify, no_wrap=True)
+        for row in rows:
+            table.add_row(*(shown(value) for value in row.values()))
+        width = unlimited.measure(table).maximum
+        if width <= console.width:
+            break
+    console.width = max(console.width, width)
+    console.print(table)
 
 
 def shown(value: Any) -> str:

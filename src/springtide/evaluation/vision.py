@@ -495,15 +495,14 @@ def plot(path: Path, results: Sequence[Evaluation]) -> None:
 
     measured = [result for result in results if result.metrics]
     salient = [result for result in measured if "iou_centre" in result.metrics]
-    figure = Figure(figsize=(6.5 * (1 + bool(salient)), 4.5), layout="constrained")
-    axes = figure.subplots(1, 1 + bool(salient), squeeze=False)[0]
+    figure = Figure(figsize=(9, 4.2 * (1 + bool(salient))), layout="constrained")
+    axes = figure.subplots(1 + bool(salient), 1, squeeze=False)[:, 0]
     for number, result in enumerate(measured):
         for by, line in ((result.prune_by, "-"), ("random", ":")):
             points = [result.metrics[name] for name in ("accuracy", *(f"accuracy_{by}_{keep}" for keep in KEEPS))]
             means, bars = [point.mean for point in points], [point.std or 0.0 for point in points]
-            axes[0].errorbar(
-                (1.0, *KEEPS), means, bars, None, line, color=f"C{number}", label=f"{result.model}, by {by}"
-            )
+            label = f"{result.model}, by {by}"
+            axes[0].errorbar((1.0, *KEEPS), means, bars, None, line, color=f"C{number}", label=label)
     axes[0].invert_xaxis()
     axes[0].set(xlabel="share of tokens kept at the end", ylabel="accuracy")
     if salient:
@@ -513,11 +512,11 @@ def plot(path: Path, results: Sequence[Evaluation]) -> None:
             points = [result.metrics.get(name, Spread(0.0, None, [])) for result in salient]
             xs = [number + width * place for number in range(len(salient))]
             means, bars = [point.mean for point in points], [point.std or 0.0 for point in points]
-            axes[1].bar(xs, means, width, yerr=bars, label=name.removeprefix("iou_"))
+            axes[1].bar(xs, means, width, yerr=bars, label=f"saliency by {name.removeprefix('iou_')}")
         axes[1].set_xticks([x + 0.4 - width / 2 for x in range(len(salient))], [result.model for result in salient])
-        axes[1].set(ylabel="saliency: mean IoU of the foreground")
+        axes[1].set(ylabel="mean IoU with the object's mask")
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
