@@ -288,7 +288,7 @@ def see(
         ),
     ] = "pocket",
     keep: Annotated[
-        float | None, typer.Option(help="Share of the image's tokens to keep (default: as the model was trained).")
+        float | None, typer.Option(help="Share of the image's tokens to keep (default: the model's own).")
     ] = None,
     parts: Annotated[int, typer.Option(min=1, help="Parts to cut the foreground into.")] = 3,
     out: Annotated[Path | None, typer.Option(help="Draw tree, saliency, parts and kept tokens to this PNG.")] = None,
@@ -625,7 +625,7 @@ def train_captioner(
         Path | None, typer.Option("--from", help="DependencyViT's folder to begin with (default: random weights).")
     ] = None,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the language model.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of optimization.")] = 1500,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of optimization.")] = 2800,
     batch: Annotated[int, typer.Option(min=1, help="Scenes in a step.")] = 64,
     lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate, of matrices; others have a fifth.")] = 5e-3,
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of initial weights and of the scenes.")] = 0,
