@@ -131,18 +131,20 @@ def plot_heat(path: Path, kept: Sequence[Sequence[float]], layers: Sequence[int]
 
 
 def plot_drafts(path: Path, panels: Mapping[str, Mapping[str, tuple[Sequence[float], float]]]) -> None:
-    """For each kind of text its drafters, by name: acceptance by position (from 1) as lines, speed-up as bars."""
+    """For each kind of text its drafters, by name: acceptance by position (from 1) as lines, speed-up as bars.
+
+    A drafter's line and bar have one colour.
+    """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(len(panels), 2, figsize=(10, 3.8 * len(panels)), squeeze=False)
     for (text, drafters), (left, right) in zip(panels.items(), axes, strict=True):
         for number, (name, (shares, speedup)) in enumerate(drafters.items()):
-            left.plot(range(1, len(shares) + 1), shares, marker="o", label=name, color=f"C{number}")
+            left.plot(range(1, len(shares) + 1), shares, marker="o", color=f"C{number}")
             right.barh(name, speedup, color=f"C{number}")
         left.xaxis.get_major_locator().set_params(integer=True)
         left.set_ylim(bottom=0)
         left.set_xlabel("drafted token")
         left.set_ylabel(f"accepted (share of passes), {text}")
-        left.legend()
         right.axvline(1, color="black", linewidth=0.8)
         right.invert_yaxis()
         right.set_xlabel(f"speed-up over no drafter, {text}")
