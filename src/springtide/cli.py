@@ -346,9 +346,12 @@ def see(
 
 def _named(vit: Any, pixels: Any, keep: float | None) -> dict[str, Any]:
     """The class of an image and its probability, from a classifier; nothing from other vision models."""
+    import torch
+
     if not hasattr(vit, "classifier"):
         return {}
-    score, label = vit(pixels, keep=keep).logits[0].softmax(0).max(0)
+    with torch.inference_mode():
+        score, label = vit(pixels, keep=keep).logits[0].softmax(0).max(0)
     return {"text": vit.config.id2label[label.item()], "score": round(score.item(), 4)}
 
 
