@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from springtide.errors import SpringtideError
 
 
@@ -44,7 +46,15 @@ def filling(folder: Path) -> Iterator[Path]:
             place.parent.mkdir(parents=True, exist_ok=True)
             path.chmod(0o644)  # safetensors lets nobody else read
             os.replace(path, place)
-    except OSError as error:
-        raise SpringtideError(f"'{folder}' cannot be written ({error.strerror}); choose another place.") from None
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError is torch.save's
+        raise SpringtideError(f"'{folder}' cannot be written ({reason(error)}); choose another place.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a few words: the system's, or the first sentence of the error, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0].rstrip(".:")

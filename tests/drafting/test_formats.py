@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from springtide.cli import main
-from springtide.drafting.folder import read_folder, replace_files, write_folder
+from springtide.drafting.folder import read_folder, write_folder
 from springtide.drafting.medusa import Heads, Medusa
 from springtide.engine.stack import Stack
 from springtide.errors import SpringtideError
@@ -313,18 +314,22 @@ def test_an_unknown_layout_is_refused(tmp_path):
 # Files that are whole
 
 
-def test_nothing_is_replaced_unless_all_is_written(tmp_path):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_nothing_is_replaced_unless_all_is_written(tmp_path, monkeypatch, error):
     random_drafter().save(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def fail(path):
+    def fail(tensors, path):
         path.write_text("half")
-        raise OSError(28, "No space left on device")
+        raise error
 
-    with pytest.raises(SpringtideError, match=r"cannot be written .*No space left"):
-        replace_files(tmp_path, {"config.json": lambda path: path.write_text("{}"), "model.safetensors": fail})
+    with monkeypatch.context() as patched:
+        patched.setattr("springtide.drafting.folder.save_file", fail)
+        with pytest.raises(SpringtideError, match=r"cannot be written \(No space left"):
+            random_drafter(2).save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert not tmp_path.with_name(f"{tmp_path.name}.writing").exists()
     random_drafter(2).save(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine" and Medusa.load(tmp_path).heads.weight.shape[0] == 2
 

@@ -7,8 +7,7 @@ the model's fingerprint, None if it is not known. ``accuracy`` is what :mod:`spr
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from springtide.drafting.drafter import Target
 from springtide.errors import SpringtideError
+from springtide.files import filling, reason
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -31,34 +31,9 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
     """
     stored = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     text = json.dumps(config, indent=2) + "\n"
-    replace_files(
-        folder,
-        {
-            WEIGHTS: lambda path: save_file(stored, path),
-            CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
-        },
-    )
-
-
-def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write files, each by its function of a path, and put them in their places when all are whole.
-
-    Raises SpringtideError when one cannot be written; then none is replaced.
-    """
-    temporary = {folder / f"{name}.writing": folder / name for name in writers}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, write in zip(temporary, writers.values(), strict=True):
-            write(path)
-            path.chmod(0o644)  # safetensors lets nobody else read
-        for path, place in temporary.items():
-            os.replace(path, place)
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError is torch.save's
-        raise SpringtideError(f"'{folder}' cannot be written ({_reason(error)}); choose another place.") from None
-    finally:
-        for path in temporary:
-            if path.parent.is_dir():
-                path.unlink(missing_ok=True)
+    with filling(folder) as temporary:
+        save_file(stored, temporary / WEIGHTS)
+        (temporary / CONFIG).write_text(text, encoding="utf-8")
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -79,7 +54,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError("it holds no JSON object")
     except (ValueError, OSError) as error:
-        raise SpringtideError(f"'{path}' is broken ({_reason(error)}); get it again.") from None
+        raise SpringtideError(f"'{path}' is broken ({reason(error)}); get it again.") from None
     return config
 
 
@@ -90,7 +65,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise SpringtideError(f"'{path}' is broken ({_reason(error)}); get it again.") from None
+        raise SpringtideError(f"'{path}' is broken ({reason(error)}); get it again.") from None
     check_finite(path, tensors)
     return tensors
 
@@ -119,9 +94,3 @@ def check_base(config: Mapping[str, Any], target: Target) -> None:
             f"The {name} drafter was trained for another model of the same size; "
             "use a drafter that was trained for this model."
         )
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence of an error, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.split(". ")[0].rstrip(".:")

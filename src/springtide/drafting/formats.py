@@ -24,10 +24,10 @@ from springtide.drafting.folder import (
     read_config,
     read_folder,
     read_weights,
-    replace_files,
     write_folder,
 )
 from springtide.errors import SpringtideError
+from springtide.files import filling
 
 Config = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -125,13 +125,9 @@ class Separate(Layout):
             for name, part in zip(names, stacked[kind].detach(), strict=True)
         }
         file = self.files[0]
-        replace_files(
-            folder,
-            {
-                file: lambda path: WRITERS[Path(file).suffix](stored, path),
-                CONFIG: lambda path: path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8"),
-            },
-        )
+        with filling(folder) as temporary:
+            WRITERS[Path(file).suffix](stored, temporary / file)
+            (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _stacked(path: Path, stored: Tensors, names: Mapping[str, Sequence[str]]) -> Tensors:

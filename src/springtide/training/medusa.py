@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from springtide.drafting import ADAPTER
-from springtide.drafting.folder import replace_files
 from springtide.drafting.medusa import Heads, Medusa
 from springtide.engine.stack import Stack, scaled
 from springtide.errors import SpringtideError
+from springtide.files import filling
 
 DECAY = 0.8  # weight of a head's loss, relative to the head before
 GUESSES = 10  # best guesses of a head that are counted
@@ -199,13 +199,9 @@ class Medusa2Objective(MedusaObjective):
         super().save(folder)
         tensors = {name: tensor.bfloat16().cpu().contiguous() for name, tensor in self._adapter().items()}
         config = self.adapted.peft_config["default"].to_dict() | {"inference_mode": True, "base_model_name_or_path": ""}
-        replace_files(
-            folder / ADAPTER,
-            {
-                "adapter_model.safetensors": lambda path: save_file(tensors, path),
-                "adapter_config.json": lambda path: path.write_text(json.dumps(config, indent=2, default=sorted)),
-            },
-        )
+        with filling(folder / ADAPTER) as temporary:
+            save_file(tensors, temporary / "adapter_model.safetensors")
+            (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2, default=sorted))
 
     def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
         """The heads' loss at first, then ``L_LM + lambda_0 * sum_k 0.8^k CE_k``; one step of training a call.
