@@ -513,7 +513,8 @@ def plot(path: Path, results: Sequence[Evaluation]) -> None:
             xs = [number + width * place for number in range(len(salient))]
             means, bars = [point.mean for point in points], [point.std or 0.0 for point in points]
             axes[1].bar(xs, means, width, yerr=bars, label=f"saliency by {name.removeprefix('iou_')}")
-        axes[1].set_xticks([x + 0.4 - width / 2 for x in range(len(salient))], [result.model for result in salient])
+        middles = [number + 0.4 - width / 2 for number in range(len(salient))]
+        axes[1].set_xticks(middles, [result.model for result in salient], rotation=20)
         axes[1].set(ylabel="mean IoU with the object's mask")
     for axis in axes:
         axis.grid(alpha=0.3)
