@@ -101,9 +101,12 @@ class Captioner:
 
         ``keep`` is the share of its tokens that is left (default: the vision model's own).
         """
-        found = self.vit(pixel_values, keep=keep)
-        tokens = Grid.of(pixel_values, self.vit.config.patch_size).tokens
-        return PromptEmbeds(self.projector(found.last_hidden_state[0]), tuple(found.indices[0].tolist()), tokens)
+        return self.project(self.vit(pixel_values, keep=keep), Grid.of(pixel_values, self.vit.config.patch_size))
+
+    @torch.inference_mode()
+    def project(self, seen: Any, grid: Grid) -> PromptEmbeds:
+        """The vision model's output for one image, cut as ``grid``, as the first rows of a prompt."""
+        return PromptEmbeds(self.projector(seen.last_hidden_state[0]), tuple(seen.indices[0].tolist()), grid.tokens)
 
     def start(self, embeds: PromptEmbeds, question: str, sampling: Sampling, engine: Engine | None = None) -> Sequence:
         """A sequence that will answer ``question`` about an image, in ``engine`` if it has another policy or drafter.
@@ -124,8 +127,11 @@ class Captioner:
 
         Options are the fields of :class:`springtide.Sampling`. The tokens of the image count as the prompt's.
         """
-        sampling = Sampling.of(**options)
-        sequence = self.start(self.embeds(self.pixels(image), keep), question, sampling)
+        return self.answer(self.embeds(self.pixels(image), keep), question, **options)
+
+    def answer(self, embeds: PromptEmbeds, question: str, **options: Any) -> Output:
+        """As :meth:`ask`, about an image that was looked at before."""
+        sequence = self.start(embeds, question, Sampling.of(**options))
         for _ in self.engine.run([sequence]):
             pass
         return self.engine.output(sequence)

@@ -298,11 +298,10 @@ def see(
     device: Device = None,
 ) -> None:
     """Answer a question about an image, and draw what the vision model made of it."""
-    from transformers.utils import logging
-
     from springtide.captioner import PROJECTOR, Captioner
     from springtide.evaluation.report import check_target, write_json
     from springtide.loading import as_device
+    from springtide.vision.dependency_vit import DependencyViTForImageClassification
     from springtide.vision.folder import load_any
     from springtide.vision.images import DependencyViTImageProcessor, read_image
     from springtide.vision.page import draw_page
@@ -312,47 +311,36 @@ def see(
     if image.resolve() in (path.resolve() for path in (json_file, out) if path):
         raise SpringtideError(f"'{image}' is the image itself; choose another file for what is found.")
     picture = read_image(image)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _quiet_transformers()
     folder = Path(model).expanduser()
-    if model != "pocket" and (folder / "config.json").exists() and not (folder / PROJECTOR).exists():
-        if question or draft:
-            raise SpringtideError(
-                f"'{folder}' holds no captioner, so it answers nothing; leave out --question and --draft."
-            )
-        vit = load_any(folder).to(as_device(device)).eval()
-        side = vit.config.image_size
-        processor = DependencyViTImageProcessor(size={"height": side, "width": side})
-        pixels = processor(picture, return_tensors="pt")["pixel_values"].to(vit.device)
-        found = _named(vit, pixels, keep)
-    else:
-        captioner = Captioner.load(model, policy=policy, device=device, draft=draft)
-        vit, pixels = captioner.vit, captioner.pixels(picture)
+    alone = model != "pocket" and (folder / "config.json").exists() and not (folder / PROJECTOR).exists()
+    if alone and (question or draft):
+        raise SpringtideError(
+            f"'{folder}' holds no captioner, so it answers nothing; leave out --question and --draft."
+        )
+    captioner = None if alone else Captioner.load(model, policy=policy, device=device, draft=draft)
+    vit = captioner.vit if captioner else load_any(folder).to(as_device(device)).eval()
+    processor = captioner.processor if captioner else DependencyViTImageProcessor.square(vit.config.image_size)
+    pixels = processor(picture, return_tensors="pt")["pixel_values"].to(vit.device)
+    grid, seen = Grid.of(pixels, vit.config.patch_size), look(vit, pixels, keep, masks=out is not None)
+    found: dict[str, Any] = {}
+    if captioner:
         question = question or "describe the picture"
-        output = captioner.ask(picture, question, keep, max_tokens=MOST_ANSWERED)
-        found = {"question": question, **output.as_json()}
-    seen, grid = look(vit, pixels, keep), Grid.of(pixels, vit.config.patch_size)
-    kept = seen.indices.shape[1]
+        answered = captioner.answer(captioner.project(seen, grid), question, max_tokens=MOST_ANSWERED)
+        found = {"question": question, **answered.as_json()}
+    elif isinstance(vit, DependencyViTForImageClassification):
+        score, label = vit.classifier(seen.pooler_output)[0].softmax(0).max(0)
+        found = {"text": vit.config.id2label[label.item()], "score": round(score.item(), 4)}
     if answer := found.get("text"):
         print(answer)
+    kept = seen.indices.shape[1]
     if out:
-        [tree], [salient] = trees(seen, grid.tokens), saliencies(seen, grid)
-        [cut] = partitions(seen, grid, parts)
+        salient = saliencies(seen, grid)
+        [tree], [cut] = trees(seen, grid.tokens), partitions(seen, salient, parts)
         facts = {"image": image.name, "asked": question, "answer": answer, "kept": f"{kept} of {grid.tokens} tokens"}
-        draw_page(out, picture, seen, tree, salient, cut, {name: fact for name, fact in facts.items() if fact})
+        draw_page(out, picture, seen, tree, salient[0], cut, {name: fact for name, fact in facts.items() if fact})
     if json_file:
         write_json(json_file, {**found, "image_tokens": kept})
-
-
-def _named(vit: Any, pixels: Any, keep: float | None) -> dict[str, Any]:
-    """The class of an image and its probability, from a classifier; nothing from other vision models."""
-    import torch
-
-    if not hasattr(vit, "classifier"):
-        return {}
-    with torch.inference_mode():
-        score, label = vit(pixels, keep=keep).logits[0].softmax(0).max(0)
-    return {"text": vit.config.id2label[label.item()], "score": round(score.item(), 4)}
 
 
 @train_app.command("pocket")
@@ -563,7 +551,6 @@ def train_dependency_vit(
     import logging
 
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from springtide.evaluation.report import check_target, write_json
     from springtide.loading import as_device
@@ -583,8 +570,7 @@ def train_dependency_vit(
         raise SpringtideError(
             "The model in --from has its sizes and parts already; leave out the options that set them."
         )
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    _quiet_transformers()
     place = as_device(device)
     accelerator = new_accelerator(place)
     config = vision.new_config(model or "pocket", **own) if start is None else load_config(start)
@@ -639,7 +625,6 @@ def train_captioner(
     import logging
 
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from springtide.evaluation.report import check_target, write_json
     from springtide.loading import as_device
@@ -649,8 +634,7 @@ def train_captioner(
     from springtide.vision.scenes import Scenes
 
     check_target(json_file)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    _quiet_transformers()
     place = as_device(device)
     accelerator = new_accelerator(place)
     torch.manual_seed(seed)  # initial weights are drawn from it
@@ -919,8 +903,6 @@ def eval_captioner(
     device: Device = None,
 ) -> None:
     """Right answers about scenes with all image tokens and with some, and what leaving tokens out saves."""
-    from transformers.utils import logging
-
     from springtide.captioner import Captioner
     from springtide.evaluation import captioner as evaluation
     from springtide.evaluation.report import check_target, print_table, write_json
@@ -928,8 +910,7 @@ def eval_captioner(
 
     check_target(json_file)
     shares, policies = _decimals(keep, "--keep"), _policies(policy, None)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _quiet_transformers()
     captioner = Captioner.load(model, device=device)
     scenes = Scenes(captioner.vit.config.image_size).held_out_scenes(images)
     steps = evaluation.evaluate(captioner, scenes, shares, policies)
@@ -952,8 +933,6 @@ def eval_dependency_vit(
     device: Device = None,
 ) -> None:
     """Accuracy, pruning and cost of DependencyViTs; on scenes saliency and parts too. Seeds of a model go together."""
-    from transformers.utils import logging as transformers_logging
-
     from springtide.evaluation import vision
     from springtide.evaluation.report import check_target, write_json
     from springtide.loading import as_device
@@ -964,8 +943,7 @@ def eval_dependency_vit(
     folders = list(dict.fromkeys(find_vit(name.strip()) for name in model.split(",") if name.strip()))
     if not folders:
         raise SpringtideError("--model names no folder; give at least one.")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    _quiet_transformers()
     configs = [load_config(folder) for folder in folders]
     source = find_data(data, configs[0].image_size)
     measured = vision.evaluate(folders, source, images, as_device(device), costs)
@@ -1281,6 +1259,14 @@ def _resumable(path: Path) -> Iterator[None]:
 
 
 # -- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def _quiet_transformers() -> None:
+    """No messages and no progress bars of transformers, which come between ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _load(model: str, device: str | None, dtype: str | None, **options: Any) -> Engine:

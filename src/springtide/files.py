@@ -24,7 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise SpringtideError(f"'{path}' cannot be written ({error.strerror}); choose another place.") from None
+        raise SpringtideError(f"'{path}' cannot be written ({reason(error)}); choose another place.") from None
     finally:
         if path.parent.is_dir():
             temporary.unlink(missing_ok=True)

@@ -21,7 +21,8 @@ def found(keep=1.0, prune_after=(1, 2), size=(32, 32), k=3):
     model = create_model("dependency_vit_pocket_patch8_64", prune_after=prune_after, **OPTIONS)
     pixels = torch.randn(1, 3, *size)
     output, grid = look(model, pixels, keep), Grid.of(pixels, 8)
-    return output, trees(output, grid.tokens)[0], saliencies(output, grid)[0], partitions(output, grid, k)[0]
+    salient = saliencies(output, grid)
+    return output, trees(output, grid.tokens)[0], salient[0], partitions(output, salient, k)[0]
 
 
 def texts(figure):

@@ -113,7 +113,7 @@ def test_what_is_found_in_an_image_does_not_depend_on_its_batch():
     for find in (
         lambda one: [tree.parents for tree in trees.trees(one, 9)],
         lambda one: [saliency.values for saliency in trees.saliencies(one, grid)],
-        lambda one: [parts.labels for parts in trees.partitions(one, grid, 3)],
+        lambda one: [parts.labels for parts in trees.partitions(one, trees.saliencies(one, grid), 3)],
     ):
         before, after = find(output), find(shuffled)
         assert all(torch.equal(before[image], found) for image, found in zip(order, after, strict=True))
@@ -274,7 +274,7 @@ def test_where_all_tokens_are_alike_there_is_no_foreground():
     assert not saliency.foreground.any() and not saliency.map.any()
     output = output_of(left=(9,))
     output.layer_messages[0].fill_(1)
-    (parts, _) = trees.partitions(output, Grid(3, 3, 4), 3, "messages")
+    (parts, _) = trees.partitions(output, trees.saliencies(output, Grid(3, 3, 4), "messages"), 3)
     assert not parts.labels.any() and parts.features.shape == (0, 5)
     assert not align([parts], 2)[0].any()
 
@@ -345,7 +345,7 @@ def test_edges_are_cut_by_weight_and_by_the_sizes_they_leave(tokens, seed, k):
 def test_parts_of_an_image():
     output, grid = output_of(left=(36, 36, 36)), Grid(6, 6, 2)
     for parts, saliency, tree in zip(
-        trees.partitions(output, grid, 3, "messages"),
+        trees.partitions(output, trees.saliencies(output, grid, "messages"), 3),
         trees.saliencies(output, grid, "messages"),
         trees.trees(output, 36),
         strict=True,
@@ -360,7 +360,7 @@ def test_parts_of_an_image():
 
 def test_features_of_parts_are_means_of_tokens_that_were_left():
     output, grid = output_of(left=(16, 16, 12)), Grid(4, 4, 2)
-    for image, parts in enumerate(trees.partitions(output, grid, 4)):
+    for image, parts in enumerate(trees.partitions(output, trees.saliencies(output, grid), 4)):
         hidden = dict(zip(output.indices[image].tolist(), output.last_hidden_state[image], strict=True))
         whole = torch.stack([hidden[token] for token in hidden if parts.labels[token]]).mean(0)
         for label, feature in enumerate(parts.features, start=1):
@@ -371,7 +371,7 @@ def test_features_of_parts_are_means_of_tokens_that_were_left():
 
 def test_no_parts_are_refused():
     with pytest.raises(SpringtideError, match="cannot be cut into 0 parts"):
-        trees.partitions(output_of(), Grid(3, 3, 1), 0)
+        trees.partitions(output_of(), trees.saliencies(output_of(), Grid(3, 3, 1)), 0)
 
 
 def blobs(count=20, seed=0):

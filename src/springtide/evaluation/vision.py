@@ -11,6 +11,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import permutations
 from math import isqrt
 from pathlib import Path
@@ -30,7 +31,7 @@ from springtide.files import replacing
 from springtide.training.vision import accuracy, scores
 from springtide.vision import tree
 from springtide.vision.dependency_vit import SCORES, DependencyViTConfig, DependencyViTForImageClassification
-from springtide.vision.folder import load_vit
+from springtide.vision.folder import load_config, load_vit
 from springtide.vision.images import LabelledData
 from springtide.vision.scenes import SceneBatch, Scenes, scenes
 from springtide.vision.tree import Grid, Output, Saliency, salient
@@ -131,7 +132,7 @@ class Controls:
     @classmethod
     def choose(cls, model: Classifier) -> Controls:
         config = model.config
-        batch = scenes(torch.arange(OTHERS), OTHER_WORLD, config.image_size)
+        batch = _other_scenes(OTHERS, config.image_size)
         grid = Grid.of(batch.images, config.patch_size)
         centre = F.avg_pool2d(batch.foreground.float()[:, None], config.patch_size).mean((0, 1)).flatten()
         scores: dict[tuple[int, int], float] = defaultdict(float)
@@ -141,6 +142,12 @@ class Controls:
                     found = [salient(sign * row, grid).mask for row in values]
                     scores[layer, sign] += sum(map(iou, found, part.foreground))
         return cls(centre, *max(scores, key=lambda chosen: scores[chosen]))
+
+
+@cache
+def _other_scenes(count: int, size: int) -> SceneBatch:
+    """The same ones for every model; see ``OTHERS``."""
+    return scenes(torch.arange(count), OTHER_WORLD, size)
 
 
 def _looks(model: Classifier, batch: SceneBatch) -> Iterator[tuple[Output, SceneBatch]]:
@@ -183,14 +190,13 @@ def scene_metrics(model: Classifier, batch: SceneBatch) -> Iterator[Metrics | No
         for name, maps in found.items():
             ious[name] += map(iou, (one.mask for one in maps), part.foreground)
             curves[name] += map(precision_recall, (one.map for one in maps), part.foreground)
-        own.add(output, found["rollout"], tree.partitions(output, grid, PARTS, "rollout"))
-        masks, sent, through = (ask(output, grid.tokens) for ask in (tree.dependency, tree.messages, tree.layers))
-        hidden, given = output.last_hidden_state.float().cpu(), F.avg_pool2d(part.foreground.float(), grid.patch) >= 0.5
-        for number, tokens in enumerate(inside.nonzero()[:, 0] for inside in given.flatten(1)):
+        own.add(output, found["rollout"], tree.partitions(output, found["rollout"], PARTS))
+        given = (F.avg_pool2d(part.foreground.float(), grid.patch) >= 0.5).flatten(1)
+        hidden, subtrees = output.last_hidden_state.float().cpu(), tree.subtrees(output, given, PARTS)
+        for number, tokens in enumerate(inside.nonzero()[:, 0] for inside in given):
             if len(tokens):
-                mask = masks[number][tokens][:, tokens]
                 labellings = {
-                    "tree": tree.cut(tree.decode(mask, sent[number, tokens], through[number, tokens]), PARTS),
+                    "tree": subtrees[number, tokens] - 1,
                     "kmeans": tree.cluster(hidden[number, tokens], PARTS),
                     "places": tree.cluster(torch.stack([tokens // grid.columns, tokens % grid.columns], 1), PARTS),
                 }
@@ -375,16 +381,11 @@ def grouped(folders: Sequence[Path]) -> dict[str, list[Path]]:
     """The folders whose configurations differ in nothing but the seed of the training, by a name.
 
     That is the first one's, without its number where there are several.
-    Raises SpringtideError for a folder without a configuration.
+    Raises SpringtideError for a folder that holds no DependencyViT.
     """
     groups = defaultdict[str, list[Path]](list)
     for folder in folders:
-        try:
-            content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise SpringtideError(
-                f"'{folder}' has no config.json that can be read; give folders that `train dependency-vit` wrote."
-            ) from None
+        content = load_config(folder).to_dict()
         content["training"] = (content.get("training") or {"folder": str(folder)}) | {"seed": None}
         groups[json.dumps(content, sort_keys=True)].append(folder)
     found: dict[str, list[Path]] = {}
@@ -410,7 +411,8 @@ def evaluate(
 
     Raises SpringtideError for folders without a classifier, and for one of other classes or image size than the data.
     """
-    images, labels = data.held_out(limit)
+    batch = data.held_out_scenes(limit) if isinstance(data, Scenes) else None
+    images, labels = (batch.images, batch.labels) if batch else data.held_out(limit)
     groups = grouped(folders)
     models: dict[str, Classifier] = {}
     found = {}
@@ -425,8 +427,8 @@ def evaluate(
             seeds.append((getattr(model.config, "training", None) or {}).get("seed"))
             metrics = {"accuracy": accuracy(model, images, labels, keep=1.0)}
             parts = [pruned(model, images, labels)]
-            if isinstance(data, Scenes):
-                parts.append(scene_metrics(model, data.held_out_scenes(limit)))
+            if batch:
+                parts.append(scene_metrics(model, batch))
             for part in parts:
                 for result in part:
                     metrics |= result or {}

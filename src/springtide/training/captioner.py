@@ -26,6 +26,7 @@ from springtide.vision.dependency_vit import DependencyViTModel
 from springtide.vision.folder import load_vit
 from springtide.vision.images import DependencyViTImageProcessor
 from springtide.vision.scenes import Question, SceneBatch, Scenes, questions, scenes
+from springtide.vision.tree import Grid
 
 UNKNOWN, END = "<unknown>", "<end>"
 LEAST_KEPT = 0.36  # share of the image tokens
@@ -79,31 +80,24 @@ class Exchanges:
     tokenizer: PreTrainedTokenizerFast
     scenes: Scenes
 
-    @property
-    def unit(self) -> str:
-        return "images"
-
-    @property
-    def sample_size(self) -> int:
-        return 1
+    unit, sample_size = "images", 1
 
     @property
     def digest(self) -> str:
         return f"exchanges-{self.scenes.digest}"
 
     @cached_property
-    def questions(self) -> list[str]:
-        """What is asked about every scene."""
-        return [question.text for question in questions(scenes(torch.arange(1), seed=0), 0)]
+    def questions(self) -> list[Question]:
+        """What is asked about every scene, with the answers about one of them."""
+        return questions(scenes(torch.arange(1), seed=0), 0)
 
     @cached_property
     def lengths(self) -> list[tuple[int, int]]:
-        first = scenes(torch.arange(1), seed=0)
-        return [tuple(map(len, self._encode(question))) for question in questions(first, 0)]  # type: ignore[misc]
+        return [tuple(map(len, self._encode(question))) for question in self.questions]  # type: ignore[misc]
 
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Images ``[size, 3, H, W]`` and tokens ``[size, T]`` of a step, new in every step."""
-        found = scenes(torch.arange(step * size, (step + 1) * size), seed, self.scenes.size)
+        found = self.scenes.batch_scenes(step, size, seed)
         return found.images, self.tokens(found)
 
     def held_out(self, limit: int = 256) -> tuple[Tensor, Tensor]:
@@ -163,8 +157,7 @@ class CaptionerObjective:
     @property
     def captioner(self) -> Captioner:
         """The captioner as trained so far, in evaluation mode."""
-        size = self.vit.config.image_size
-        processor = DependencyViTImageProcessor(size={"height": size, "width": size})
+        processor = DependencyViTImageProcessor.square(self.vit.config.image_size)
         engine = Engine(self.model, self.data.tokenizer)
         return Captioner(engine, self.vit.eval(), self.projector.eval(), processor)
 
@@ -188,14 +181,14 @@ class CaptionerObjective:
             right = torch.cat([self._answer(*part, keep)[1] for part in parts])
             answers = [own.all(1).float().mean().item() for own in torch.split(right, sizes, 1)]
             self.accuracy[f"{keep:.2f}"] = {
-                question: round(share, 4) for question, share in zip(asked, answers, strict=True)
+                question.text: round(share, 4) for question, share in zip(asked, answers, strict=True)
             }
 
     def _answer(self, images: Tensor, tokens: Tensor, keep: float) -> tuple[Tensor, Tensor]:
         """The loss, and which tokens of the answers are the most probable ones, ``[B, answers]``."""
         found = self.vit(images, keep=keep)
         rows = torch.cat([self.projector(found.last_hidden_state), self.model.model.embed_tokens(tokens)], 1)
-        start = (images.shape[-1] // self.vit.config.patch_size) ** 2
+        start = Grid.of(images, self.vit.config.patch_size).tokens
         own = torch.cat([torch.arange(start, start + sum(exchange)) for exchange in self.data.lengths])
         positions = torch.cat([found.indices, own.to(tokens.device).expand(len(tokens), -1)], 1)
         mask = tree_mask(found.indices.shape[1], [sum(exchange) for exchange in self.data.lengths]).to(rows)

@@ -23,6 +23,7 @@ from springtide.vision.dependency_vit import (
 from springtide.vision.folder import Model, load_vit
 from springtide.vision.images import DependencyViTImageProcessor, ImageFolder, LabelledData, digits
 from springtide.vision.scenes import Scenes
+from springtide.vision.tree import Grid
 
 SIZES = {"pocket": "pocket_patch8_64", "tiny": "tiny_patch16_224", "small": "small_patch16_224"}
 
@@ -196,10 +197,9 @@ class VisionObjective:
 
     def save(self, folder: Path) -> None:
         """Write the model, and the processor of its images, for ``from_pretrained``."""
-        side = self.model.config.image_size
         with filling(folder) as temporary:
             self.model.save_pretrained(temporary)
-            DependencyViTImageProcessor(size={"height": side, "width": side}).save_pretrained(temporary)
+            DependencyViTImageProcessor.square(self.model.config.image_size).save_pretrained(temporary)
 
 
 class LabelsObjective(VisionObjective):
@@ -232,8 +232,7 @@ class MaskedObjective(VisionObjective):
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
         """The mean absolute difference of hidden pixels, which go from -1 to 1; labels are not looked at."""
-        patch = self.model.config.patch_size
-        tokens = images.shape[-2] // patch * (images.shape[-1] // patch)
+        tokens = Grid.of(images, self.model.config.patch_size).tokens
         masked = torch.rand(len(images), tokens).argsort(1) < round(HIDDEN * tokens)
         return self.model(images, masked=masked.to(images.device)).loss, {}
 

@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -88,6 +88,11 @@ class DependencyViTImageProcessor(PilBackend):  # type: ignore[misc]
     do_rescale = True
     do_normalize = True
 
+    @classmethod
+    def square(cls, side: int) -> Self:
+        """One that scales to ``side`` by ``side`` pixels."""
+        return cls(size={"height": side, "width": side})
+
     def convert_to_rgb(self, image: Any, input_data_format: Any = None) -> Any:
         """A picture or an array of one, as an array of three channels."""
         if isinstance(image, Image.Image):
@@ -140,7 +145,7 @@ class LabelledImages:
     ) -> None:
         self.classes, self.labels, self.read = classes, torch.tensor(labels), read
         self.digest = f"{digest}-{image_size}-{seed}"
-        self.processor = DependencyViTImageProcessor(size={"height": image_size, "width": image_size})
+        self.processor = DependencyViTImageProcessor.square(image_size)
         held = []
         for label in range(len(classes)):
             own = (self.labels == label).nonzero()[:, 0]

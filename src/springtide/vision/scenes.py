@@ -123,8 +123,12 @@ class Scenes:
 
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
         """The images ``[size, 3, H, W]`` and labels ``[size]`` of a step, which are new in every step."""
-        found = scenes(torch.arange(step * size, (step + 1) * size), seed, self.size)
+        found = self.batch_scenes(step, size, seed)
         return found.images, found.labels
+
+    def batch_scenes(self, step: int, size: int, seed: int) -> SceneBatch:
+        """The ``size`` scenes of a step."""
+        return scenes(torch.arange(step * size, (step + 1) * size), seed, self.size)
 
     def held_out(self, limit: int) -> tuple[Tensor, Tensor]:
         """The images ``[limit, 3, H, W]`` and labels ``[limit]`` of :meth:`held_out_scenes`."""

@@ -60,13 +60,16 @@ class Grid(NamedTuple):
 # -- the output, for all N tokens -----------------------------------------------------------------------------------
 
 
-def look(model: DependencyViTPreTrainedModel, pixel_values: Tensor, keep: float | None = None) -> Output:
-    """The model's output for images ``[B, 3, height, width]``, with dependency masks and without gradients.
+def look(
+    model: DependencyViTPreTrainedModel, pixel_values: Tensor, keep: float | None = None, masks: bool = True
+) -> Output:
+    """The model's output for images ``[B, 3, height, width]``, without gradients.
 
-    ``keep``: share of the tokens that is left at the end (default: the configuration's).
+    ``keep``: share of the tokens that is left at the end (default: the configuration's). ``masks``: whether there are
+    dependency masks, of which rollout, trees and parts are made.
     """
     with torch.no_grad():
-        return model.base_model.forward_features(pixel_values, keep, output_attentions=True)
+        return model.base_model.forward_features(pixel_values, keep, output_attentions=masks)
 
 
 def dependency(output: Output, tokens: int) -> Tensor:
@@ -359,25 +362,32 @@ def _check_parts(k: int) -> None:
         raise SpringtideError(f"A foreground cannot be cut into {k} parts; give 1 or more.")
 
 
-def partitions(output: Output, grid: Grid, k: int, by: By = "rollout") -> list[Parts]:
-    """The ``k`` parts of each image: subtrees of the tree of its foreground, see :func:`cut`.
+def subtrees(output: Output, inside: Tensor, k: int) -> Tensor:
+    """Labels ``[B, N]``, int64, on the CPU, of the ``k`` parts of what is ``inside [B, N]`` (bool): from 1, 0 outside.
 
-    The tree is decoded from the foreground's tokens alone, so that it is one. Where the foreground is all tokens from
-    some rank up, as it is by ``messages`` without pruning, it is the upper end of the image's tree.
-    There are fewer parts where the foreground has fewer tokens. Raises SpringtideError for ``k`` below 1.
+    They are subtrees of the tree of the tokens inside, see :func:`cut`. It is decoded from them alone, so that it is
+    one. Where they are all tokens from some rank up, it is the upper end of the image's tree.
+    There are fewer parts where fewer tokens are inside. Raises SpringtideError for ``k`` below 1.
     """
     _check_parts(k)
-    masks, sent, through = dependency(output, grid.tokens), messages(output, grid.tokens), layers(output, grid.tokens)
-    found = []
-    for number, one in enumerate(saliencies(output, grid, by)):
-        labels = torch.zeros(grid.tokens, dtype=torch.int64)
-        inside = one.foreground.nonzero().squeeze(1)
-        if len(inside):
-            own = inside.to(sent.device)
-            labels[inside] = 1 + cut(decode(masks[number][own][:, own], sent[number, own], through[number, own]), k)
-        left, hidden = output.indices[number].cpu(), output.last_hidden_state[number].float().cpu()
-        found.append(Parts(labels, _part_features(hidden, labels[left], int(labels.max())), grid))
-    return found
+    masks, sent, through = (ask(output, inside.shape[1]) for ask in (dependency, messages, layers))
+    labels = torch.zeros(inside.shape, dtype=torch.int64)
+    for number, row in enumerate(inside):
+        own = row.nonzero().squeeze(1).to(sent.device)
+        if len(own):
+            tree = decode(masks[number][own][:, own], sent[number, own], through[number, own])
+            labels[number, own.cpu()] = 1 + cut(tree, k)
+    return labels
+
+
+def partitions(output: Output, found: Sequence[Saliency], k: int) -> list[Parts]:
+    """The ``k`` parts of the foreground that was ``found`` in each image; see :func:`subtrees`."""
+    labels = subtrees(output, torch.stack([one.foreground for one in found]), k)
+    hidden, left = output.last_hidden_state.float().cpu(), output.indices.cpu()
+    return [
+        Parts(own, _part_features(features, own[kept], int(own.max())), one.grid)
+        for one, own, features, kept in zip(found, labels, hidden, left, strict=True)
+    ]
 
 
 def _part_features(hidden: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -457,7 +467,8 @@ def saliency(model: DependencyViTPreTrainedModel, pixel_values: Tensor, by: By =
 
 def parts(model: DependencyViTPreTrainedModel, pixel_values: Tensor, k: int, by: By = "rollout") -> Parts:
     """The ``k`` parts of what stands out in an image, ``[1, 3, height, width]``, see :func:`partitions`."""
-    return partitions(*_look_at_one(model, pixel_values), k, by)[0]
+    output, grid = _look_at_one(model, pixel_values)
+    return partitions(output, saliencies(output, grid, by), k)[0]
 
 
 def _look_at_one(model: DependencyViTPreTrainedModel, pixel_values: Tensor) -> tuple[Output, Grid]:
