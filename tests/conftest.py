@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
+
+NUMBERS = count()
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +18,11 @@ def cache(tmp_path_factory):
 def no_costs_at_home(cache, monkeypatch):
     """What rows cost is not kept in the user's home."""
     monkeypatch.setattr("springtide.engine.cost.FILE", cache / "costs.json")
+
+
+@pytest.fixture(autouse=True)
+def calibrations(cache, monkeypatch):
+    """Where brief calibrations are kept: not in the user's home, and anew for every test."""
+    folder = cache / f"calibrations-{next(NUMBERS)}"
+    monkeypatch.setattr("springtide.loading.CALIBRATIONS", folder)
+    return folder

@@ -154,7 +154,7 @@ def test_files_round_trip(objective, folder):
 
 def test_drafted_is_plain_on_the_same_tokens(folder):
     captioner = Captioner.load(folder, dtype="float32")
-    policies = [parse_policy("dense"), parse_policy("tidal:budget=64")]
+    policies = [parse_policy("dense"), parse_policy("tidal:budget=64,layout=paper")]
     rows = list(evaluate(captioner, scenes(torch.arange(3), 5, 32), [1.0, 0.4], policies))
     assert [row["image_tokens"] for row in rows] == [16, 6, 16, 6]
     for row in rows:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,10 +21,13 @@ from safetensors.torch import load_file, save_file
 import springtide
 from folders import BOOK, save_drafter, save_model, tokenizer
 from springtide import cli
+from springtide.attention.calibration import VERSION
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
 from springtide.engine.text import Detokenizer
+from springtide.evaluation import brief, needle
+from springtide.evaluation.calibrate import Calibrator
 
 PROMPT = "The ship left the harbour"
 FIELDS = {
@@ -90,7 +94,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory) -> Path:
     folder = save_model(tmp_path_factory.mktemp("calibrated"))
-    (folder / "springtide.json").write_text(json.dumps({"tidal": {"full": [0], "select": [1, 3]}}))
+    tidal = {"full": [0], "select": [1], "map": {"2": [1, 0], "3": [1, 1]}}
+    (folder / "springtide.json").write_text(json.dumps({"version": VERSION, "tidal": tidal}))
     return folder
 
 
@@ -183,20 +188,83 @@ def test_policies_and_budgets(run, calibrated, book, tmp_path):
         "sixteen": ["--policy", "tidal", "--budget", 16],
         "in the text": ["--policy", "tidal:budget=16"],
         "said twice": ["--policy", "tidal:budget=16", "--budget", 16],
-        "one selection": ["--policy", "tidal:budget=16,full=0,select=1,reselect=2"],
+        "the same layers": ["--policy", "tidal:budget=16,full=0,select=1"],
+        "mapped": ["--policy", "tidal:budget=16,heads=map"],
+        "another selection": ["--policy", "tidal:budget=16,full=0,select=1,reselect=2"],
+        "a share": ["--policy", "tidal", "--budget", "5%"],
+        "a share in the text": ["--policy", "tidal:budget=5%", "--budget", "5%"],
+        "everything": ["--policy", "tidal", "--budget", "100%"],
     }.items():
         result = run(*base, *policy, "--json", tmp_path / "out.json")
         assert (result.code, result.err) == (0, "")
         read[name] = json.loads((tmp_path / "out.json").read_text())["kv_bytes_per_token"]
-    assert read["sixteen"] == read["in the text"] == read["said twice"] < read["dense"]
-    assert read["one selection"] == read["sixteen"]
+    assert len({read[name] for name in ("sixteen", "in the text", "said twice", "the same layers", "mapped")}) == 1
+    assert read["sixteen"] < read["dense"] == read["everything"]
+    assert read["sixteen"] < read["another selection"]
+    assert read["a share"] == read["a share in the text"] != read["sixteen"]
 
 
-def test_a_model_that_is_not_calibrated_gives_one_warning(run, folder):
-    result = run("generate", PROMPT, "--model", folder, "--max-tokens", 2, "--policy", "tidal")
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("0%", "is 0%, but a share must be above 0% and at most 100%"),
+        ("120%", "is 120%, but a share must be above 0% and at most 100%"),
+        ("-3%", "is -3%, but a share must be above 0% and at most 100%"),
+        ("x%", "is 'x%', but it must be a whole number, or a share such as 5%"),
+        ("0", "is 0, but it must be at least 1"),
+        ("many", "is 'many', but it must be a whole number, or a share such as 5%"),
+        ("", "is '', but it must be a whole number, or a share such as 5%"),
+    ],
+)
+def test_budgets_that_are_none(run, calibrated, budget, message):
+    for verb in (["generate", "Hi"], ["chat"], ["eval", "ppl"]):
+        base = [*verb, "--model", calibrated, "--policy", "tidal"]
+        run(*base, "--budget", budget, stdin="").refused("--budget " + message)
+    run("calibrate", "--model", calibrated, "--budget", budget).refused("--budget " + message)
+    if budget:
+        run(*base[:-1], f"tidal:budget={budget}").refused("tidal: budget " + message)
+
+
+@pytest.fixture
+def quickly(monkeypatch) -> None:
+    """Brief calibration in even less time."""
+    monkeypatch.setattr(brief, "LENGTH", 300)
+    monkeypatch.setattr(brief, "PROMPTS", 1)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_model_that_is_not_calibrated_is_calibrated_once_and_that_is_said(run, folder, book, calibrations):
+    base = ["generate", PROMPT, "--model", folder, "--max-tokens", 2, "--policy", "tidal"]
+    result = run(*base)
     assert result.code == 0
-    assert result.err.startswith("springtide: tidal: the model is not calibrated")
-    assert result.err.count("\n") == 1
+    assert result.err.startswith("springtide: tidal: the model was not calibrated, so it was now, in ")
+    assert result.err.endswith("; `springtide calibrate` does it better\n") and result.err.count("\n") == 1
+    assert len(list(calibrations.iterdir())) == 1 and str(calibrations) in result.err
+    again = run(*base)
+    assert (again.code, again.out, again.err) == (0, result.out, "")
+    other = run("eval", "ppl", "--model", folder, "--text", book, "--length", 200, "--windows", 1, "--budget", 16)
+    assert (other.code, other.err) == (0, "")
+    assert sorted(os.listdir(folder)) == sorted(name for name in os.listdir(folder) if "springtide" not in name)
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize(
+    "verb", [["chat"], ["eval", "ppl"], ["eval", "needle", "--trials", "1"], ["eval", "recall", "--trials", "1"]]
+)
+def test_other_commands_calibrate_too(run, folder, book, verb):
+    more = ["--text", book, "--length", "300"] if verb[0] == "eval" else ["--max-tokens", "2"]
+    result = run(*verb, *more, "--model", folder, "--policy", "tidal", "--budget", 16, stdin="")
+    assert "springtide: tidal: the model was not calibrated, so it was now" in result.err
+    assert result.code == 0
+
+
+def test_a_model_that_takes_too_long_to_calibrate(run, folder, monkeypatch, calibrations):
+    monkeypatch.setattr(brief, "SECONDS", 0)
+    result = run("generate", PROMPT, "--model", folder, "--policy", "tidal")
+    result.refused("take more than a minute here; run `springtide calibrate --model DIR`", "tidal:layout=paper")
+    assert not calibrations.exists()
+    paper = run("generate", PROMPT, "--model", folder, "--max-tokens", 2, "--policy", "tidal:layout=paper")
+    assert (paper.code, paper.err) == (0, "")
 
 
 def test_stats(run, folder):
@@ -484,39 +552,106 @@ def test_eval_drafts_of_one_that_changes_the_model(run, folder, book, tmp_path):
 # -- calibrate -----------------------------------------------------------------------------------------------------
 
 
+SIZE = ["--budget", 32, "--length", 400, "--prompts", 1, "--trials", 3]
+CURVE = {
+    "dense_layers": int,
+    "full": list,
+    "select": list,
+    "budget": int,
+    "kl_questions": float,
+    "kl_text": float,
+    "kv_bytes": int,
+    "predicted_ms": float,
+}
+
+
 def test_calibrate_writes_what_policies_then_use(run, tmp_path, book):
     folder = save_model(tmp_path / "model")
-    size = ["--budget", 32, "--length", 400, "--prompts", 1, "--trials", 3, "--dense-layers", 2, "--text", book]
-    result = run("calibrate", "--model", folder, *size)
+    before = os.listdir(folder)
+    result = run(
+        "calibrate", "--model", folder, *SIZE, "--dense-layers", 2, "--text", book, "--json", tmp_path / "out.json"
+    )
     assert (result.code, result.err) == (0, "")
-    assert f"Wrote the first of these to {folder / 'springtide.json'}." in result.out.replace("\n", "")
+    said = result.out.replace("\n", "")
+    assert f"Wrote the layers to {folder / 'springtide.json'}." in said
+    assert "On fresh prompts, 2 dense layers and a budget of 32 of 400 tokens: answers diverge by" in said
+    assert sorted(set(os.listdir(folder)) - set(before)) == ["springtide.json", "springtide.png"]
     tidal = json.loads((folder / "springtide.json").read_text())["tidal"]
     assert len({*tidal["full"], *tidal["select"]}) == 2
     assert (tidal["budget"], tidal["length"]) == (32, 400)
+    assert {"kl_questions", "kl_questions_se", "kl_text", "kl_text_se", "exact_match", "exact_match_dense"} <= set(
+        tidal
+    )
     assert (folder / "springtide.png").read_bytes().startswith(b"\x89PNG")
-    used = run("generate", PROMPT, "--model", folder, "--policy", "tidal", "--budget", 16, "--max-tokens", 2)
-    assert (used.code, used.err) == (0, "")
+    curve = json.loads((tmp_path / "out.json").read_text())
+    assert all({name: type(value) for name, value in point.items()} == CURVE for point in curve)
+    assert [(point["dense_layers"], point["budget"]) for point in curve] == [
+        (n, b) for n in (1, 2) for b in (16, 32, 64)
+    ]
+    chosen = next(point for point in curve if (point["dense_layers"], point["budget"]) == (2, 32))
+    assert (chosen["full"], chosen["select"]) == (tidal["full"], tidal["select"])
+    for policy in ("tidal", "tidal:heads=map"):
+        used = run("generate", PROMPT, "--model", folder, "--policy", policy, "--budget", 16, "--max-tokens", 2)
+        assert (used.code, used.err) == (0, "")
 
 
 def test_calibrate_may_write_elsewhere(run, folder, book, tmp_path):
-    size = ["--budget", 32, "--length", 400, "--prompts", 1, "--trials", 1, "--dense-layers", 1, "--text", book]
-    assert run("calibrate", "--model", folder, *size, "--out", tmp_path).code == 0
+    assert run("calibrate", "--model", folder, *SIZE, "--text", book, "--out", tmp_path).code == 0
     assert sorted(os.listdir(tmp_path)) == ["springtide.json", "springtide.png"]
     assert not (folder / "springtide.json").exists()
+
+
+def test_calibrate_goes_on_where_it_was_stopped(run, folder, book, tmp_path, monkeypatch):
+    measured, calls = Calibrator.measured, []
+
+    def stopped(self, tidal, which):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append((tidal, which))
+        return measured(self, tidal, which)
+
+    command = ["calibrate", "--model", folder, *SIZE, "--text", book, "--out", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibrator, "measured", stopped)
+        result = run(*command)
+    assert (result.code, result.out) == (130, "")
+    assert f"Stopped; the same command goes on from {tmp_path / 'springtide.partial'}." in result.err
+    assert os.listdir(tmp_path) == ["springtide.partial"]
+    monkeypatch.setattr("springtide.evaluation.effects.Recording.effects", lambda _: pytest.fail("did it again"))
+    assert run(*command).code == 0
+    assert sorted(os.listdir(tmp_path)) == ["springtide.json", "springtide.png"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--dense-layers", 4], "choose 1 to 3"),
-        (["--length", 64], "must be at least 1 and below the length, 64"),
+        (["--dense-layers", 2, "--target-kl", 0.1], "Give either --dense-layers or --target-kl, not both"),
+        (["--target-kl", -1], "--target-kl is -1.0, but it must be above 0"),
+        (["--length", 200, "--budget", 200], "must be at least 1 and below the length, 200"),
         (["--length", 128, "--budget", 16], "too short to calibrate at"),
         (["--length", 5000], "model's context holds 1024; use a shorter length"),
+        (["--chat", "--length", 400], "does not take a question"),
     ],
 )
-def test_calibrate_refuses(run, folder, arguments, message):
+def test_calibrate_refuses(run, tmp_path, arguments, message):
+    folder = save_model(tmp_path / "model")
+    if "--chat" in arguments:
+        (folder / "chat_template.jinja").write_text("{{ raise_exception('No') }}")
+    before = sorted(os.listdir(folder))
     run("calibrate", "--model", folder, *arguments).refused(message)
-    assert not (folder / "springtide.json").exists()
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_a_calibration_by_an_earlier_version(run, tmp_path):
+    folder = save_model(tmp_path / "model")
+    (folder / "springtide.json").write_text('{"tidal": {"full": [0], "select": [1]}}')
+    result = run("generate", PROMPT, "--model", folder, "--policy", "tidal", "--max-tokens", 2)
+    assert result.code == 0 and result.err.count("\n") == 1
+    assert result.err.startswith("springtide: tidal: springtide.json is of an earlier version")
+    run("generate", "Hi", "--model", folder, "--policy", "tidal:heads=map").refused(
+        "needs a map that calibration learnt"
+    )
 
 
 # -- eval ----------------------------------------------------------------------------------------------------------
@@ -530,13 +665,45 @@ def test_needle(run, calibrated, book, tmp_path):
     )
     assert (result.code, result.err) == (0, "")
     rows = json.loads((tmp_path / "out.json").read_text())
-    assert all(list(row) == ["policy", "budget", "length", "depth", "trials", "exact_match"] for row in rows)
+    names = ["policy", "budget", "length", "depth", "trials", "exact_match", "task", "exact_match_se", "of_dense"]
+    names += ["of_dense_se", "agreement", "agreement_se", "kl", "kl_se"]
+    assert all(list(row) == names for row in rows)
     measured = [("dense", None), ("tidal", 32), ("tidal", 64), ("streaming", 32), ("streaming", 64)]
     assert {(row["policy"], row["budget"]) for row in rows} == set(measured)
-    assert len(rows) == len(measured) * 2 * 5
-    assert all(row["trials"] == 1 and row["exact_match"] in (0.0, 1.0) for row in rows)
+    assert [row["depth"] for row in rows] == [0.1, 0.3, 0.5, 0.7, 0.9, None] * len(measured) * 2
+    assert all(row["trials"] == (5 if row["depth"] is None else 1) for row in rows)
+    assert all(row["kl"] == 0 for row in rows if row["policy"] == "dense")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-    assert "exact match" in result.out
+    assert [line.split()[:2] for line in result.out.splitlines()[-10:-5]] == [["single", name] for name, _ in measured]
+
+
+def test_needle_tasks_and_chats(run, calibrated, book, tmp_path, monkeypatch):
+    """Without --chat or --no-chat: in the template if there is one that takes a context."""
+    made = []
+    ask = needle.ask
+
+    def spy(engine, trial, policies):
+        made.append(engine.tokenizer.decode(trial.context).startswith("<user>Read the following text."))
+        return ask(engine, trial, policies)
+
+    monkeypatch.setattr(needle, "ask", spy)
+    folder = shutil.copytree(calibrated, tmp_path / "chats")
+    arguments = ["--text", book, "--length", 600, "--trials", 1, "--policy", "streaming", "--budget", 64]
+    for options in (["--task", "multivalue,quote"], ["--chat"]):
+        made.append(options[0])
+        result = run("eval", "needle", "--model", folder, *arguments, *options, "--plot", tmp_path / "out.png")
+        assert (result.code, result.err) == (0, "")
+        assert all(f" {name} " in f" {result.out} " for name in ("multivalue", "quote")) is ("--task" in options)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    for options in ([], ["--no-chat"]):
+        made.append(str(options))
+        assert run("eval", "needle", "--model", folder, *arguments, *options).code == 0
+    assert made == ["--task", False, False, "--chat", False, "[]", True, "['--no-chat']", False]
+    (folder / "chat_template.jinja").unlink()
+    assert run("eval", "needle", "--model", folder, *arguments).code == 0
+    run("eval", "needle", "--model", folder, *arguments, "--chat").refused(
+        "no chat template; ask without one (--no-chat)"
+    )
 
 
 def test_version(run):
@@ -567,7 +734,9 @@ def test_recall(run, calibrated, book, tmp_path):
     )
     assert (result.code, result.err) == (0, "")
     rows = json.loads((tmp_path / "out.json").read_text())
-    assert all(list(row) == ["policy", "budget", "layer", "mass", "top_k"] for row in rows)
+    names = ["policy", "budget", "layer", "mass", "top_k", "worst_head_mass", "mass_by_head"]
+    assert all(list(row) == names for row in rows)
+    assert "worst head mass" in " ".join(result.out.split()) and "by head" not in result.out
     assert {row["policy"] for row in rows} == {"tidal", "quest", "streaming", "oracle"}
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
@@ -580,7 +749,7 @@ def test_every_length_is_checked_before_any_work(run, folder, tmp_path, monkeypa
     monkeypatch.setattr(Engine, "run", lambda *_: pytest.fail("worked"))
     target = tmp_path / "out.json"
     result = run("eval", "needle", "--model", folder, "--policy", "dense", "--length", "300,4096", "--json", target)
-    result.refused("A length of 4096 takes 4104 tokens", "context holds 1024; use a shorter length")
+    result.refused("A length of 4096 takes 4097 tokens", "context holds 1024; use a shorter length")
     assert not target.exists()
 
 
@@ -629,8 +798,15 @@ def test_the_bundled_model_is_the_default(run, tmp_path):
         (["generate", "Hi", "--policy", "tidal:budget=many"], "must be a whole number"),
         (["generate", "Hi", "--policy", "tidal:select=1+2"], "must be a whole number"),
         (["generate", "Hi", "--policy", "tidal:full=a+b"], "whole numbers joined by +"),
-        (["generate", "Hi", "--policy", "tidal:heads=most"], "must be one of kv, all"),
+        (["generate", "Hi", "--policy", "tidal:heads=most"], "must be one of all, kv, map"),
+        (["generate", "Hi", "--policy", "tidal:budget=5%%"], "must be a whole number, or a share such as 5%"),
+        (["generate", "Hi", "--policy", "tidal:sinks=5%"], "must be a whole number."),
+        (["generate", "Hi", "--policy", "tidal:layout=mine"], "must be one of calibrated, paper"),
         (["generate", "Hi", "--budget", 64], "--budget 64 has no effect"),
+        (["generate", "Hi", "--budget", "5%"], "--budget 5% has no effect"),
+        (["generate", "Hi", "--policy", "tidal:budget=5%", "--budget", "6%"], "--policy sets budget=5%; give one only"),
+        (["calibrate", "--budget", "0"], "--budget is 0, but it must be at least 1"),
+        (["calibrate", "--json", "no/such/folder/out.json"], "there is no folder 'no/such/folder'"),
         (["generate", "Hi", "--policy", "tidal:budget=32", "--budget", 64], "--policy sets budget=32; give one only"),
         (["generate", "Hi", "--max-tokens", 0], "max_tokens must be at least 1"),
         (["generate", "Hi", "--temperature", -1], "temperature must be 0"),
@@ -652,10 +828,15 @@ def test_the_bundled_model_is_the_default(run, tmp_path):
         (["eval", "needle", "--length", "long"], "--length is 'long', but it must be whole numbers joined by commas"),
         (["eval", "needle", "--length", "300,"], "must be whole numbers joined by commas"),
         (["eval", "needle", "--length", "0"], "--length must be at least 1, not 0"),
-        (["eval", "needle", "--budget", "64,-1"], "--budget must be at least 1, not -1"),
-        (["eval", "needle", "--budget", "64,x"], "--budget is '64,x'"),
+        (["eval", "needle", "--budget", "64,-1"], "--budget is -1, but it must be at least 1"),
+        (
+            ["eval", "needle", "--budget", "64,x"],
+            "--budget is 'x', but it must be a whole number, or a share such as 5%",
+        ),
+        (["eval", "needle", "--budget", "5%,120%"], "--budget is 120%, but a share must be above 0% and at most 100%"),
         (["eval", "needle", "--policy", "dense", "--budget", "64"], "--budget 64 has no effect"),
         (["eval", "needle", "--policy", ","], "names no policy"),
+        (["eval", "needle", "--task", "single,x"], "Unknown task 'x': choose among single, multikey, multivalue,"),
         (["eval", "ppl", "--policy", "dense,fast"], "Unknown policy 'fast'"),
         (["eval", "ppl", "--policy", "tidal", "--plot", "out.png"], "add dense to --policy"),
         (["eval", "ppl", "--text", "nosuch.txt"], "'nosuch.txt' cannot be read"),
@@ -697,10 +878,9 @@ def test_text_that_is_not_utf8(run, tmp_path):
     "arguments",
     [
         ["generate", "Hi", "--max-tokens", "many"],
-        ["generate", "Hi", "--budget", "0"],
         ["generate", "Hi", "--nosuch"],
         ["generate", "Hi", "there"],
-        ["calibrate", "--budget", "0"],
+        ["calibrate", "--prompts", "0"],
         ["calibrate", "--trials", "0"],
         ["eval", "needle", "--trials", "0"],
         ["eval", "ppl", "--windows", "0"],

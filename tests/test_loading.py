@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,13 +21,18 @@ import springtide
 from folders import VOCAB, edit_json, save_drafter, save_model, tokenizer
 from springtide import SpringtideError
 from springtide.attention import Tidal
+from springtide.attention.calibration import VERSION
+from springtide.attention.tidal import NotCalibratedError
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.medusa import Medusa
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
+from springtide.evaluation import brief
+from springtide.loading import know_layers, under
 from tiny import random_tokens, tiny
 
 PROMPT = "The ship left the harbour"
+CALIBRATION = {"version": VERSION, "tidal": {"full": [], "select": [0, 2], "map": {"1": [1, 0], "3": [0, 0]}}}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -95,13 +103,19 @@ def test_the_checkpoints_dtype_is_kept(tmp_path):
     assert springtide.load(folder).stack.model.dtype == torch.bfloat16
 
 
+@pytest.mark.filterwarnings("error")
 def test_calibration_is_used_by_a_folder_and_by_a_model_loaded_from_it(fresh):
-    (fresh / "springtide.json").write_text(json.dumps({"tidal": {"full": [], "select": [0, 2]}}))
+    (fresh / "springtide.json").write_text(json.dumps(CALIBRATION))
     for model in (fresh, AutoModelForCausalLM.from_pretrained(fresh)):
         policy = springtide.load(model, policy="tidal:budget=8").policy
         assert (policy.full, policy.select, policy.reselect) == ((), 0, (2,))
-    with pytest.warns(UserWarning, match="not calibrated"):
-        springtide.load(fresh, policy="tidal:budget=8", calibrated=False)
+        assert springtide.load(model, policy="tidal:heads=map").policy.map == ((1, (1, 0)), (3, (0, 0)))
+
+
+def test_calibration_of_an_earlier_version_is_used_with_a_warning(fresh):
+    (fresh / "springtide.json").write_text(json.dumps({"tidal": {"full": [], "select": [0, 2]}}))
+    with pytest.warns(UserWarning, match="earlier version.*run `springtide calibrate` again"):
+        assert springtide.load(fresh, policy="tidal:budget=8").policy.selecting == (0, 2)
 
 
 def test_a_model_that_came_from_no_folder_does_not_take_the_working_folders_calibration(tmp_path, monkeypatch):
@@ -119,6 +133,126 @@ def test_shards_and_tied_embeddings(tmp_path):
     )
     assert len(list(folder.glob("*.safetensors"))) > 1
     assert springtide.load(folder).generate(PROMPT, max_tokens=6).token_ids == whole
+
+
+# -- brief calibration ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quickly(monkeypatch) -> None:
+    """Brief calibration in even less time."""
+    monkeypatch.setattr(brief, "LENGTH", 300)
+    monkeypatch.setattr(brief, "PROMPTS", 1)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_model_without_calibration_is_calibrated_once(folder, calibrations):
+    said = r"^tidal: the model was not calibrated, so it was now, in \d+ s, kept in .*; `springtide calibrate` does"
+    with pytest.warns(UserWarning, match=said) as caught:
+        first = springtide.load(folder, policy="tidal:budget=8")
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    (kept,) = calibrations.iterdir()
+    assert str(kept) in str(caught[0].message)
+    content = json.loads(kept.read_text())
+    assert content["version"] == VERSION and content["tidal"]["length"] == 300
+    assert first.policy.dense_layers == tuple(sorted(content["tidal"]["full"] + content["tidal"]["select"]))
+    assert len(first.policy.dense_layers) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        for other in (folder, model, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)):
+            assert springtide.load(other, policy="tidal:budget=8").policy == first.policy
+        assert first.using("tidal:budget=8").policy == first.policy
+    assert first.generate(PROMPT, max_tokens=4).token_ids
+    assert not (folder / "springtide.json").exists()
+
+
+@pytest.mark.usefixtures("quickly")
+def test_another_model_is_calibrated_for_itself(folder, tmp_path, calibrations):
+    for number, other in enumerate((folder, save_model(tmp_path, hidden_size=64), folder), start=1):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            springtide.load(other, policy="tidal")
+        assert len(caught) == (number < 3) and len(list(calibrations.iterdir())) == min(number, 2)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_calibration_that_is_not_wanted_is_not_used_for_a_brief_one(fresh):
+    (fresh / "springtide.json").write_text(json.dumps(CALIBRATION))
+    with pytest.warns(UserWarning, match="was not calibrated, so it was now"):
+        policy = springtide.load(fresh, policy="tidal:budget=8", calibrated=False).policy
+    assert len(policy.dense_layers) == 1
+
+
+@pytest.mark.usefixtures("quickly")
+def test_calibrated_for_every_engine_of_the_model(folder):
+    engine = springtide.load(folder)
+    other = engine.using("streaming:budget=8")
+    with pytest.raises(NotCalibratedError, match="not calibrated"):
+        other.using("tidal")
+    with pytest.warns(UserWarning, match="was not calibrated"):
+        policy = under(engine, "tidal").policy
+    assert other.using("tidal").policy == policy
+    assert engine.policy.name == "dense"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "policy", ["dense", "tidal:layout=paper", "tidal:full=0,select=1", "quest", "streaming:budget=5%"]
+)
+def test_policies_that_need_no_calibration(folder, policy, calibrations, monkeypatch):
+    monkeypatch.setattr("springtide.evaluation.brief.calibrate_briefly", lambda *_: pytest.fail("calibrated"))
+    know_layers(springtide.load(folder, policy=policy), ["dense", policy])
+    assert not calibrations.exists()
+
+
+def test_without_a_tokenizer_nothing_can_be_calibrated(folder, calibrations):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(NotCalibratedError, match="not calibrated; run `springtide calibrate"):
+        springtide.load(model, policy="tidal")
+    assert not calibrations.exists()
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_home_that_cannot_be_written(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("springtide.loading.CALIBRATIONS", tmp_path / "file" / "calibrations")
+    with pytest.warns(UserWarning, match=r"so it was now, in \d+ s; `springtide calibrate`"):
+        springtide.load(folder, policy="tidal")
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_kept_calibration_that_is_broken(folder, calibrations):
+    with pytest.warns(UserWarning, match="was not calibrated"):
+        springtide.load(folder, policy="tidal")
+    (kept,) = calibrations.iterdir()
+    kept.write_text("{")
+    with pytest.raises(SpringtideError, match=r"calibrations.*\.json' is broken .* or delete the file"):
+        springtide.load(folder, policy="tidal")
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize(("seconds", "steps"), [(14, 4), (16, 1)])
+def test_a_minute_is_the_most_that_it_may_take(folder, calibrations, monkeypatch, seconds, steps):
+    """Of four steps; whether that is enough is known after the first."""
+    readings = itertools.count(step=seconds)
+    monkeypatch.setattr(brief, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
+    if steps == 4:
+        with pytest.warns(UserWarning, match="so it was now"):
+            springtide.load(folder, policy="tidal")
+        return
+    with pytest.raises(
+        SpringtideError, match=r"would take more than a minute here; run .*tidal:layout=paper\.$"
+    ) as caught:
+        springtide.load(folder, policy="tidal")
+    assert "\n" not in str(caught.value) and next(readings) == 2 * seconds
+    assert not calibrations.exists()
+
+
+def test_a_context_too_short_to_calibrate_in(tmp_path):
+    folder = save_model(tmp_path, max_position_embeddings=120)
+    with pytest.raises(SpringtideError, match="A length of 119 is too short to calibrate at"):
+        springtide.load(folder, policy="tidal")
 
 
 # -- what cannot ---------------------------------------------------------------------------------------------------
@@ -188,6 +322,20 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "broken tokenizer config": (write("tokenizer_config.json", "[]"), "no usable tokenizer"),
     "broken calibration": (write("springtide.json", "{"), r"springtide\.json' is broken"),
     "empty calibration": (write("springtide.json", "{}"), r"springtide\.json' is broken"),
+    **{
+        f"calibration with a map of {name}": (
+            write("springtide.json", json.dumps({**CALIBRATION, "tidal": {**CALIBRATION["tidal"], "map": wrong}})),
+            r"springtide\.json' is broken .*; run `springtide calibrate` again or delete the file",
+        )
+        for name, wrong in {
+            "words": {"1": ["a", "b"]},
+            "fractions": {"1": [0.5, 1]},
+            "no layers": {"first": [0, 1]},
+            "no sets": {"1": 0},
+            "nothing": None,
+            "lists": [[0, 1]],
+        }.items()
+    },
     "calibration of another model": (
         write("springtide.json", '{"tidal": {"full": [0], "select": [1, 9]}}'),
         r"springtide\.json names layer 9, .* 0, 1, 2, 3; run `springtide calibrate` again",
@@ -541,8 +689,8 @@ def test_chat_that_cannot_be(engine):
 
 def test_policies_by_name_and_as_objects(engine):
     prompt = random_tokens(80, vocab=VOCAB)
-    layers = {"full": (0,), "select": 1, "reselect": (3,)}
-    named = engine.using("tidal:budget=16,full=0,select=1,reselect=3").generate(prompt, max_tokens=8)
+    layers = {"full": (0,), "select": 1}
+    named = engine.using("tidal:budget=16,full=0,select=1").generate(prompt, max_tokens=8)
     assert engine.using(Tidal(budget=16, **layers)).generate(prompt, max_tokens=8).token_ids == named.token_ids
     dense = engine.generate(prompt, max_tokens=8)
     assert named.stats.kv_bytes_per_token < dense.stats.kv_bytes_per_token

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from springtide.benchmarks.peers import Peer
     from springtide.engine.engine import Engine
     from springtide.engine.stack import Stack
+    from springtide.options import Share
     from springtide.training.trainer import Objective
 
 T = TypeVar("T")
@@ -70,8 +71,12 @@ PolicyText = Annotated[
 Policies = Annotated[
     str, typer.Option("--policy", help="Comma list of policies, each as NAME or NAME:OPTION=VALUE,...")
 ]
-Budget = Annotated[int | None, typer.Option(min=1, help="Tokens that a sparse layer reads per KV head.")]
-Budgets = Annotated[str | None, typer.Option("--budget", help="Comma list of budgets (tokens per KV head).")]
+Budget = Annotated[
+    str | None, typer.Option(help="Tokens that a sparse layer reads per KV head, or a share of the context as 5%.")
+]
+Budgets = Annotated[
+    str | None, typer.Option("--budget", help="Comma list of budgets: tokens per KV head, or shares as 5%.")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file, as JSON.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw the result to this file, as PNG.")]
 Text = Annotated[Path | None, typer.Option("--text", help="UTF-8 text file (default: the bundled held-out excerpt).")]
@@ -98,6 +103,10 @@ MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the m
 Penalty = Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")]
+Chat = Annotated[
+    bool | None,
+    typer.Option(help="Ask in the model's chat template (default: if it has one, but for pocket models)."),
+]
 Images = Annotated[str, typer.Option("--data", help="scenes, digits, or a folder with one of images for each class.")]
 HeadCount = Annotated[int, typer.Option("--heads", min=1, max=8, help="Heads, that is tokens to guess ahead.")]
 FullHeads = Annotated[
@@ -232,46 +241,66 @@ def demo(json_file: Json = None) -> None:
 def calibrate(
     model: Model = "pocket",
     dense_layers: Annotated[int | None, typer.Option(help="Full and selecting layers (default: a third).")] = None,
-    budget: Annotated[int, typer.Option(min=1, help="Tokens that a sparse layer reads per KV head.")] = 128,
-    length: Annotated[int, typer.Option(help="Context length to calibrate at, tokens.")] = 4096,
-    prompts: Annotated[int, typer.Option(min=1, help="Texts and question sets to measure on.")] = 4,
-    trials: Annotated[int, typer.Option(min=1, help="Layouts to measure.")] = 64,
+    target_kl: Annotated[
+        float | None,
+        typer.Option(help="Instead: as few as keep the answers' divergence from dense below this, nats a token."),
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Tokens that a sparse layer reads per KV head, or a share as 3%.")] = "3%",
+    length: Annotated[int, typer.Option(help="Context length to calibrate at, tokens.")] = 2048,
+    prompts: Annotated[
+        int, typer.Option(min=1, help="Contexts with questions, and plain texts, in each of three sets.")
+    ] = 3,
+    trials: Annotated[int, typer.Option(min=1, help="Layouts to measure for the number of layers taken.")] = 12,
+    chat: Chat = None,
     text: Text = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for springtide.json and the heat map (default: the model's).")
+        Path | None,
+        typer.Option(help="Folder for springtide.json and springtide.png, the curve (default: the model's)."),
     ] = None,
+    json_file: Json = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Choose TidalDecode's full and selecting layers for a model and write springtide.json beside it."""
+    """Choose TidalDecode's full and selecting layers for a model; the same command goes on where one was stopped.
+
+    The curve of dense layers and budgets against divergence, bytes and time goes to springtide.png, and to --json.
+    """
+    from springtide.attention import parse_budget
     from springtide.attention.tidal import Tidal
     from springtide.evaluation import calibrate as calibration
-    from springtide.evaluation.report import check_target, plot_heat, print_table
+    from springtide.evaluation.report import check_target, plot_curve, print_table, write_json
     from springtide.loading import find_model
 
     folder = out or find_model(model)
-    check_target(folder / "springtide.json")
-    book = _text(text)
+    check_target(folder / "springtide.json", json_file)
+    book, tidal = _text(text), Tidal(budget=parse_budget(budget))
     engine = _load(model, device, dtype, calibrated=False)
-    layers = engine.stack.spec.global_layers
-    dense_layers = max(1, len(layers) // 3) if dense_layers is None else dense_layers
-    tidal = Tidal(budget=budget)
-    found = _last(
-        calibration.calibrate(
-            engine, book, dense_layers=dense_layers, tidal=tidal, length=length, prompts=prompts, trials=trials
-        ),
-        calibration.steps(prompts, trials),
-        "calibrating",
-    )
-    path = calibration.write(found.as_json(tidal, length), folder)
-    plot_heat(folder / "springtide.png", found.kept, found.layers, found.layout.select)
+    wish = calibration.Wish(tidal, length, dense_layers, target_kl, prompts, trials, _chats(engine, chat))
+    partial = folder / calibration.PARTIAL
+    with _resumable(partial):
+        steps = calibration.calibrate(engine, book, wish, partial)
+        found = _last(steps, calibration.steps(engine, wish), "calibrating")
+    plot_curve(folder / "springtide.png", found.curve)
+    path = calibration.write(found.as_json(), folder)
+    if json_file:
+        write_json(json_file, [asdict(point) for point in found.curve])
     print_table(
         [
-            {"full": _plus(x.full), "select": _plus(x.select), "mass lost": x.lost, "KL to dense": kl}
-            for x, kl in found.measured[:5]
+            {
+                "dense_layers": x.dense_layers,
+                "full": _plus(x.full),
+                "select": _plus(x.select),
+                "KL questions": x.kl_questions,
+                "KL text": x.kl_text,
+                "MB/token": x.kv_bytes / 1e6,
+                "ms": x.predicted_ms,
+            }
+            for x in found.curve
+            if x.budget == found.budget
         ]
     )
-    print(f"Wrote the first of these to {path}.")
+    print(found.said())
+    print(f"Wrote the layers to {path}.")
 
 
 @app.command()
@@ -741,11 +770,18 @@ def needle(
     model: Model = "pocket",
     length: Annotated[str, typer.Option(help="Comma list of context lengths, tokens.")] = "4096",
     trials: Annotated[
-        int, typer.Option(min=1, help="Questions in a cell, that is a policy, budget, length and depth.")
+        int, typer.Option(min=1, help="Contexts of each length and task, each with 2 or 5 questions.")
     ] = 50,
+    task: Annotated[
+        str, typer.Option(help="Comma list of tasks: single, multikey, multivalue, tracking, quote.")
+    ] = "single",
     policy: Policies = "dense,tidal",
     budget: Budgets = None,
     text: Text = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(help="Ask in the model's chat template (default: if it has one, but for pocket models)."),
+    ] = None,
     distractors: Annotated[int, typer.Option(help="More facts in the context, which nobody asks about.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of facts and places.")] = 0,
     json_file: Json = None,
@@ -753,24 +789,30 @@ def needle(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Exact match of 5-digit answers, decoded token by token, about facts hidden in a book."""
-    from springtide.evaluation.needle import Haystack, overall
+    """Answers about what is hidden in a book: exact match, and divergence from dense predictions."""
+    from springtide.evaluation.needle import Haystack, table
     from springtide.evaluation.needle import needle as run
     from springtide.evaluation.report import check_target, plot_lines, print_table, write_json
+    from springtide.evaluation.tasks import parse_tasks
+    from springtide.training.data import CHAT_TEMPLATE
 
     check_target(json_file, plot)
     lengths, wanted, book = _numbers(length, "--length"), _policies(policy, budget), _text(text)
+    tasks = parse_tasks(task)
     engine = _load(model, device, dtype)
     policies = _resolved(engine, wanted)
-    haystack = Haystack(engine.tokenizer, book, seed, distractors)
-    cells = [
-        c for c in _progress(run(engine, haystack, policies, lengths, trials), len(lengths) * trials, "needle") if c
-    ]
+    if chat is None:
+        chat = engine.tokenizer.chat_template not in (None, CHAT_TEMPLATE)  # the latter is for bare questions
+    haystack = Haystack(engine.tokenizer, book, seed, distractors, chat)
+    steps, total = run(engine, haystack, tasks, policies, lengths, trials), len(lengths) * len(tasks) * trials
+    cells = [cell for cell in _progress(steps, total, "needle") if cell]
     if json_file:
         write_json(json_file, [asdict(cell) for cell in cells])
-    rows = overall(cells)
-    print_table(rows)
+    print_table(table(cells))
     if plot:
+        rows = [asdict(cell) for cell in cells if cell.depth is None]
+        for row in rows if len(tasks) > 1 else ():
+            row["policy"] += f", {row['task']}"
         plot_lines(
             plot,
             _series(rows, "budget", "exact_match", lengths),
@@ -840,7 +882,7 @@ def recall(
     rows = [asdict(row) for row in _last(run(engine, haystack, policies, length, trials), trials, "recall")]
     if json_file:
         write_json(json_file, rows)
-    print_table(rows)
+    print_table([{name: value for name, value in row.items() if name != "mass_by_head"} for row in rows])
     if plot:
         plot_lines(plot, _series(rows, "layer", "mass"), x="layer", y="attention mass kept")
 
@@ -1261,6 +1303,13 @@ def _resumable(path: Path) -> Iterator[None]:
 # -- inputs ---------------------------------------------------------------------------------------------------------
 
 
+def _chats(engine: Engine, wanted: bool | None) -> bool:
+    """Whether questions are asked in the model's chat template: as wanted, else if it has one for more than those."""
+    from springtide.training.data import CHAT_TEMPLATE
+
+    return engine.tokenizer.chat_template not in (None, CHAT_TEMPLATE) if wanted is None else wanted
+
+
 def _quiet_transformers() -> None:
     """No messages and no progress bars of transformers, which come between ours."""
     from transformers.utils import logging
@@ -1325,19 +1374,20 @@ def _peers(
     return prepare(names, Target(loaded, name, length, torch.get_num_threads(), folder or CACHE))
 
 
-def _policy(text: str, budget: int | None) -> Policy:
-    from springtide.attention import parse_policy
+def _policy(text: str, budget: str | None) -> Policy:
+    from springtide.attention import parse_budget, parse_policy
 
-    policy = parse_policy(text, budget)
-    _check_budgets([policy], budget)
+    size = None if budget is None else parse_budget(budget)
+    policy = parse_policy(text, size)
+    _check_budgets([policy], size)
     return policy
 
 
 def _policies(text: str, budgets: str | None) -> list[Policy]:
     """Every policy with every budget; those without a budget once."""
-    from springtide.attention import parse_policy, split_policies
+    from springtide.attention import parse_budget, parse_policy, split_policies
 
-    sizes: Sequence[int | None] = [None] if budgets is None else _numbers(budgets, "--budget")
+    sizes = [None] if budgets is None else [parse_budget(size) for size in budgets.split(",")]
     found = [parse_policy(name, size) for name in split_policies(text) for size in sizes]
     if not found:
         raise SpringtideError("--policy names no policy; give at least one, such as dense.")
@@ -1345,7 +1395,7 @@ def _policies(text: str, budgets: str | None) -> list[Policy]:
     return found
 
 
-def _check_budgets(policies: Sequence[Policy], *budgets: int | None) -> None:
+def _check_budgets(policies: Sequence[Policy], *budgets: int | Share | None) -> None:
     """Raise SpringtideError for a --budget that no policy takes."""
     for budget in budgets:
         budgets_set = [policy.budget for policy in policies if hasattr(policy, "budget")]
@@ -1361,7 +1411,10 @@ def _check_budgets(policies: Sequence[Policy], *budgets: int | None) -> None:
 
 
 def _resolved(engine: Engine, policies: Sequence[Policy]) -> list[Policy]:
-    """The policies fitted to the model, each once."""
+    """The policies fitted to the model, each once; it is calibrated briefly if one of them needs that."""
+    from springtide.loading import know_layers
+
+    know_layers(engine, policies)
     return list(dict.fromkeys(engine.resolve(policy) for policy in policies))
 
 

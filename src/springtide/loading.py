@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from springtide.attention.calibration import read_calibration
+from springtide.attention.calibration import read_calibration, read_file
 from springtide.attention.policy import Policy
+from springtide.attention.tidal import NotCalibratedError
 from springtide.drafting import ADAPTER, find_drafter, find_folder
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.guesser import Guesser
@@ -21,6 +24,8 @@ from springtide.engine.cost import cost_of_rows
 from springtide.engine.engine import Engine
 from springtide.engine.stack import check_supported
 from springtide.errors import SpringtideError
+
+CALIBRATIONS = Path.home() / ".cache" / "springtide" / "calibrations"
 
 
 def load(
@@ -37,7 +42,8 @@ def load(
     Args:
         model: a Hugging Face model folder, ``"pocket"`` for the bundled model, or a loaded model.
         tokenizer: the tokenizer, or a folder with one (default: the model folder's; None for a loaded model).
-        policy: attention policy, see :func:`springtide.attention.parse_policy`.
+        policy: attention policy, see :func:`springtide.attention.parse_policy`. A model that ``tidal`` knows no layers
+            of is calibrated briefly, see :func:`know_layers`.
         device: where to run (default: the first GPU if there is one, else CPU; a loaded model stays where it is).
         dtype: of weights and cache, e.g. ``"float32"`` (default: the checkpoint's).
         calibrated: use the folder's ``springtide.json`` if there is one.
@@ -58,7 +64,8 @@ def load(
         if isinstance(tokenizer, (str, Path)):
             tokenizer = _load_tokenizer(Path(tokenizer))
         calibration = calibration_of(model) if calibrated else None
-        engine = Engine(model if device is None else _move(model, place), tokenizer, policy, calibration=calibration)
+        engine = Engine(model if device is None else _move(model, place), tokenizer, calibration=calibration)
+        engine = under(engine, policy)
         return engine if draft is None else drafting(engine, draft)
     folder = find_model(model)
     config = _load_config(folder)
@@ -70,8 +77,42 @@ def load(
     adapter = find_adapter(draft, folder)
     if adapter is not None:
         loaded = _merge(loaded, adapter)
-    engine = Engine(_move(loaded, place), tokenizer, policy, calibration=calibration)
+    engine = under(Engine(_move(loaded, place), tokenizer, calibration=calibration), policy)
     return engine if drafter is None else drafting(engine, drafter)
+
+
+def under(engine: Engine, policy: Policy | str) -> Engine:
+    """The engine under a policy, whose model is calibrated briefly if the policy needs it, see :func:`know_layers`."""
+    know_layers(engine, [policy])
+    return engine.using(policy)
+
+
+def know_layers(engine: Engine, policies: Sequence[Policy | str]) -> None:
+    """Calibrate the engine's model briefly where one of the policies needs it and nobody has done so.
+
+    It takes a minute at most, is kept in ``~/.cache/springtide/calibrations`` and holds for every engine of the model.
+    Raises SpringtideError for a policy that does not fit, and where it would take longer or there is no tokenizer.
+    """
+    for policy in policies:
+        try:
+            engine.resolve(policy)
+        except NotCalibratedError:
+            calibration = _kept_calibration(engine)
+            engine.stack.spec = replace(engine.stack.spec, calibration=calibration)
+            return
+
+
+def _kept_calibration(engine: Engine) -> dict[str, Any]:
+    """The calibration of the engine's model in the user's folder, which is made if it is not there."""
+    path = CALIBRATIONS / f"{engine.stack.fingerprint}-{engine.stack.spec.num_layers}.json"
+    found = read_file(path)
+    if found is None:
+        if engine.tokenizer is None:
+            raise NotCalibratedError
+        from springtide.evaluation.brief import calibrate_briefly
+
+        found = calibrate_briefly(engine, path)
+    return found
 
 
 def drafting(engine: Engine, draft: str | Path | Drafter) -> Engine:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import field
-from typing import Any
+import math
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 from springtide.errors import SpringtideError
 
@@ -13,7 +14,40 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def at_least(value: int, low: int, owner: str, name: str) -> None:
-    """Raise SpringtideError unless ``value`` of the option ``name`` of ``owner`` is at least ``low``."""
-    if value < low:
-        raise SpringtideError(f"{owner}: {name} is {value}, but it must be at least {low}.")
+@dataclass(frozen=True)
+class Share:
+    """A number of tokens given as a percentage of others: ``5%`` of the context."""
+
+    percent: float
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``5%``; raises ValueError for anything else."""
+        if not text.endswith("%") or not math.isfinite(percent := float(text[:-1])):
+            raise ValueError(text)
+        return cls(percent)
+
+    def of(self, tokens: int) -> int:
+        """The share of ``tokens``, rounded up."""
+        return math.ceil(self.percent * tokens / 100 - 1e-9)
+
+    def __str__(self) -> str:
+        return f"{self.percent:g}%"
+
+
+def amount(value: int | Share, whole: int) -> int:
+    """``value`` tokens, or that share of ``whole``."""
+    return value.of(whole) if isinstance(value, Share) else value
+
+
+def at_least(value: int | Share, low: int, name: str) -> None:
+    """Raise SpringtideError unless ``value`` of the option ``name`` is at least ``low``.
+
+    A share must be above 0 % where ``low`` is above 0, and at most 100 %.
+    """
+    if isinstance(value, Share):
+        if not 0 <= value.percent <= 100 or (low > 0 and value.percent == 0):
+            above = "above 0%" if low > 0 else "at least 0%"
+            raise SpringtideError(f"{name} is {value}, but a share must be {above} and at most 100%.")
+    elif value < low:
+        raise SpringtideError(f"{name} is {value}, but it must be at least {low}.")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from springtide.attention import parse_policy
+from springtide.attention.calibration import VERSION
 from springtide.benchmarks import contenders, decode, prefill, rows, traffic
 from springtide.benchmarks.peers import Target, Transformers
 from springtide.engine.engine import Engine
@@ -32,7 +33,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def engine() -> Engine:
-    return Engine(tiny("llama"), calibration={"tidal": {"full": [0], "select": [1]}})
+    return Engine(tiny("llama"), calibration={"version": VERSION, "tidal": {"full": [0], "select": [1]}})
 
 
 def policies(engine, *names):
@@ -85,7 +86,8 @@ def test_decode(engine):
     for cell in cells:
         assert list(asdict(cell)) == DECODE.split()
         seen = mean(range(cell.context + 1, cell.context + 7))
-        cached = 4 * seen * slot if cell.policy != "tidal" else (2 * seen + 2 * 16) * slot
+        # Two layers that read everything, one of which reads the keys again to choose, and two that read its choice.
+        cached = 4 * seen * slot if cell.policy != "tidal" else (2 * seen + seen / 2 + 2 * 16) * slot
         assert cell.bytes_per_token == weights + cached
         assert (cell.threads, cell.dtype, cell.bandwidth) == (torch.get_num_threads(), "float32", 2.0)
         assert cell.floor_ms == pytest.approx(cell.bytes_per_token / 2e6)
@@ -163,6 +165,17 @@ def test_prefill_with_a_failing_peer(engine):
     with pytest.warns(UserWarning, match=r"broken failed at a context of 70 \(MemoryError\)"):
         *_, cells = prefill.prefill(engine, policies(engine, "dense"), [Broken(64, 0)], [40, 70], 1)
     assert [cell.seconds is None for cell in cells] == [False, False, False, True]
+
+
+def test_a_budget_that_is_a_share_is_named_so(engine):
+    chosen = policies(engine, "tidal:budget=25%", "streaming:budget=12.5%")
+    cells = results(rows.rows(engine, chosen, [2], 40, 2, "prefill"), rows.steps_of(2, [2], 2))
+    assert [(c.policy, c.budget) for c in cells] == [("tidal", "25%")] * 2 + [("streaming", "12.5%")] * 2
+    *_, cells = decode.decode(engine, chosen, [], [40], 2, "prefill")
+    assert [contenders.title(c.contender, c.policy, c.budget) for c in cells] == [
+        "tidal 25%",
+        "streaming 12.5%",
+    ]
 
 
 def test_rows(engine):

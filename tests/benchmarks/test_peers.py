@@ -10,6 +10,7 @@ import torch
 
 from folders import save_model
 from springtide import SpringtideError
+from springtide.attention.calibration import VERSION
 from springtide.benchmarks import contenders, exports, peers
 from springtide.benchmarks.peers import PEERS, Target
 from springtide.engine.engine import Engine
@@ -49,7 +50,9 @@ def test_transformers(name):
 
 @pytest.mark.parametrize("policy", ["dense", "tidal:budget=8"])
 def test_springtide(policy):
-    engine = Engine(tiny("llama"), policy=policy, calibration={"tidal": {"full": [0], "select": [1]}})
+    engine = Engine(
+        tiny("llama"), policy=policy, calibration={"version": VERSION, "tidal": {"full": [0], "select": [1]}}
+    )
     check(contenders.Springtide(engine, policy), engine)
 
 

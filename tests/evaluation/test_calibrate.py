@@ -1,18 +1,55 @@
-"""Calibration finds a layout that the model can use, or says why it cannot."""
+"""Calibration finds a layout that the model can use, says how far to trust it, or says why it cannot."""
 
 from __future__ import annotations
 
+import json
+import random
+import statistics
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from functools import cache
+from itertools import islice, product
+from pathlib import Path
+
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import springtide
 from folders import BOOK, VOCAB, tokenizer
 from springtide import SpringtideError
 from springtide.attention import Tidal
+from springtide.attention.calibration import VERSION, read_calibration
+from springtide.attention.layout import Layout
+from springtide.attention.policy import Policy
 from springtide.engine.engine import Engine
-from springtide.evaluation.calibrate import Calibration, calibrate, steps, write
+from springtide.engine.rows import Segment
+from springtide.evaluation import calibrate as calibration
+from springtide.evaluation.calibrate import (
+    BUDGETS,
+    TEXT_ROWS,
+    TEXT_WEIGHT,
+    Calibration,
+    Calibrator,
+    Cost,
+    MapLearner,
+    Measured,
+    Wish,
+    brief,
+    calibrate,
+    ladder,
+    standard_error,
+    steps,
+    write,
+)
+from springtide.evaluation.effects import Recording
+from springtide.evaluation.needle import DEPTHS, Haystack
+from springtide.options import Share
 from tiny import tiny
 
-OPTIONS = {"dense_layers": 2, "tidal": Tidal(budget=32), "length": 400, "prompts": 1, "trials": 4}
+WISH = Wish(Tidal(budget=32), length=400, prompts=1, trials=3)
 
 
 def engine(name: str = "qwen3", **overrides) -> Engine:
@@ -20,28 +57,401 @@ def engine(name: str = "qwen3", **overrides) -> Engine:
     return springtide.load(model, tokenizer())
 
 
-def calibrated(engine: Engine, text: str = BOOK, **options) -> Calibration:
-    *before, result = calibrate(engine, text, **{**OPTIONS, **options})
+def calibrated(engine: Engine, text: str = BOOK, partial: Path | None = None, **options) -> Calibration:
+    wish = replace(WISH, **options)
+    *before, result = calibrate(engine, text, wish, partial)
     assert set(before) == {None}
-    assert len(before) <= steps(options.get("prompts", 1), options.get("trials", 4))
+    assert len(before) <= steps(engine, wish)
     return result
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_the_layout_is_the_best_one_measured_and_can_be_used(tmp_path):
-    found = calibrated(engine())
-    assert found.divergence == min(kl for _, kl in found.measured)
-    assert found.layout == found.measured[0][0]
-    assert len({*found.layout.full, *found.layout.select}) == 2
-    path = write(found.as_json(OPTIONS["tidal"], 400), tmp_path)
-    springtide.load(engine().stack.model, policy=Tidal(budget=8, **found.layout.options))
-    assert path == tmp_path / "springtide.json"
+def deep() -> Engine:
+    return engine(num_hidden_layers=6)
+
+
+@cache
+def found() -> Calibration:
+    """Of six layers, with more layouts than gradients alone would try."""
+    return calibrated(deep(), trials=6)
+
+
+def timeless(result: Calibration) -> Calibration:
+    """Without what a clock measured."""
+    cost = replace(result.cost, dense_ms=0.0, ms_per_byte=0.0)
+    return replace(result, cost=cost, curve=[replace(point, predicted_ms=0.0) for point in result.curve])
+
+
+# What is chosen
+
+
+def test_the_layout_is_the_best_one_measured():
+    losses = [measured.loss for _, measured in found().tried]
+    assert found().layout == found().tried[0][0] and losses == sorted(losses)
+    layouts = [(layout.full, layout.select) for layout, _ in found().tried]
+    assert len(layouts) == len(set(layouts)) == 6
+    assert {len(full) + len(select) for full, select in layouts} == {2}
+    loss = statistics.fmean(found().tried[0][1].questions) + TEXT_WEIGHT * statistics.fmean(found().tried[0][1].texts)
+    assert losses[0] == loss
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_measurements_decide_whatever_was_predicted(seed, monkeypatch):
+    """Layouts' losses are made up: the best of those that are met is taken, for every number of dense layers."""
+    met: dict[int, dict[tuple[tuple[int, ...], tuple[int, ...]], float]] = {}
+
+    def measured(self: Calibrator, tidal: Tidal, which: int) -> Measured:
+        layers = (tidal.full, tidal.selecting)
+        loss = 0.01 + random.Random(f"{seed} {layers}").random()
+        if which == 1 and tidal.budget == 32:
+            met.setdefault(len(tidal.dense_layers), {})[layers] = loss
+        return Measured([loss], [0.0], 0, 0)
+
+    monkeypatch.setattr(Calibrator, "measured", measured)
+    result = calibrated(deep(), trials=6)
+    assert len(met[2]) == 6
+    assert (result.layout.full, result.layout.select) == min(met[2], key=lambda layers: met[2][layers])
+    for point in result.curve:
+        own = met[point.dense_layers]
+        assert (point.full, point.select) == min(own, key=lambda layers: own[layers])
+
+
+@pytest.mark.parametrize("dense", [1, 3])
+def test_the_number_of_dense_layers_may_be_given(dense):
+    """Also where the best layout of fewer cannot be extended."""
+    result = calibrated(engine(), dense_layers=dense)
+    assert len({*result.layout.full, *result.layout.select}) == dense
+    assert dense in {point.dense_layers for point in result.curve}
+
+
+def test_a_target_takes_the_fewest_dense_layers_that_meet_it():
+    shallow = engine()
+    curve = calibrated(shallow, trials=1).curve
+    kl = {point.dense_layers: point.kl_questions for point in curve if point.budget == 32}
+    assert set(kl) == {1, 2} and kl[2] < kl[1]
+    for target, dense in ((kl[1], 1), (kl[1] * 0.999, 2), (kl[2] * 0.999, 2)):
+        layout = calibrated(shallow, trials=1, target_kl=target).layout
+        assert len(layout.full) + len(layout.select) == dense
+
+
+def test_the_curve_has_every_number_of_layers_and_every_budget():
+    numbers = ladder(6, None)
+    assert numbers == [1, 2, 3] and ladder(6, 5) == [1, 2, 3, 5] and max(ladder(36, None)) == 18
+    curve = found().curve
+    assert [(point.dense_layers, point.budget) for point in curve] == list(product(numbers, (16, 32, 64)))
+    assert len(BUDGETS) == 3
+    again = Calibrator(deep(), BOOK, WISH)
+    for point in curve:
+        assert len(point.full) + len(point.select) == point.dense_layers
+        if point.dense_layers == 2:
+            assert (point.full, point.select) == (found().layout.full, found().layout.select)
+        layout = Layout(0.0, point.full, point.select)
+        measured = again.measured(again.policy(layout, scale=point.budget / 32), 1)
+        assert point.kl_questions == pytest.approx(statistics.fmean(measured.questions), rel=1e-4)
+        assert point.kl_text == pytest.approx(statistics.fmean(measured.texts), rel=1e-4)
+        assert point.predicted_ms > 0
+
+
+def test_bytes_are_those_that_a_token_at_that_length_reads():
+    one = deep()
+    cache = one.read(one.encode(BOOK)[:399]).cache
+    for point in found().curve:
+        tidal = Tidal(budget=point.budget, **Layout(0.0, point.full, point.select).options)
+        segment = Segment.chain(cache.fork(), 399, [5], decoding=True, state=Tidal().new_state(399))
+        one.stack.forward([segment], one.resolve(tidal))
+        assert point.kv_bytes == segment.bytes_read
+
+
+@pytest.mark.parametrize("budget", [16, 200, 300])
+def test_a_layout_may_read_more_than_dense_attention(budget):
+    """Its selecting layers read keys twice: then no time is predicted to be saved."""
+    calibrator = Calibrator(engine(), BOOK, replace(WISH, tidal=Tidal(budget=budget)))
+    cost = calibrator.cost(Layout(0.0, (), (0, 2)))
+    dense, layer = 4 * cost.layer_bytes, 400 * 2 * 2 * 8 * 4
+    assert cost.layer_bytes == layer
+    assert cost.bytes_of(Layout(0.0, (), (0, 2)), budget) == layer * 2 + layer + 2 * layer * budget // 400
+    assert cost.ms_per_byte >= 0 and (budget == 16 or cost.ms_per_byte == 0)
+    assert cost.ms_of(Layout(0.0, (0, 1), (2,)), 16) <= cost.dense_ms
+    assert dense * cost.ms_per_byte < 100
+
+
+def test_time_goes_down_with_bytes():
+    """Two dense layers of four, of which one selects, and 25 of 100 tokens: 2 + 1/2 + 2/4 of them instead of 4."""
+    cost, layout = Cost(4, 100, 1000, (), dense_ms=10.0, ms_per_byte=0.002), Layout(0.0, (0,), (1,))
+    assert cost.bytes_of(layout, 25) == 3000
+    assert cost.ms_of(layout, 25) == 10 - 0.002 * 1000
+    assert cost.said(layout, 25) == "A token reads 0.00 MB of the cache instead of 0.00 MB."
 
 
 def test_layers_with_a_sliding_window_take_no_part():
-    found = calibrated(engine("gemma2"), dense_layers=1)
-    assert found.layers == [1, 3]
-    assert {*found.layout.full, *found.layout.select} <= {1, 3}
+    result = calibrated(engine("gemma2"), dense_layers=1)
+    assert {*result.layout.full, *result.layout.select} <= {1, 3}
+    assert set(result.head_map) <= {1, 3}
+    assert {layer for point in result.curve for layer in (*point.full, *point.select)} <= {1, 3}
+    # A layer that sees everything has 400 tokens of 128 bytes, one of the two others 9.
+    dense, half = 2 * 400 * 128 + 2 * 9 * 128, result.cost.bytes_of(result.layout, 32) + 2 * 9 * 128
+    said = f"a token reads {half / 1e6:.2f} MB of the cache instead of {dense / 1e6:.2f} MB."
+    assert result.said().endswith(said) and " 2 of the 4 layers see 9 tokens at most " in result.said()
+
+
+# What is measured
+
+
+@pytest.mark.parametrize("tidal", ["kv", "map"])
+def test_divergences_are_those_of_tokens_decoded_one_by_one(tidal):
+    """Of each question's number, and of the end of each plain text."""
+    one = engine()
+    calibrator = Calibrator(one, BOOK, replace(WISH, prompts=2))
+    layout = Layout(0.0, (0,), (1,))
+    policy = calibrator.policy(layout, {2: [1, 0], 3: [1, 1]} if tidal == "map" else None)
+    measured = calibrator.measured(policy, 1)
+    haystack, kls, exact, dense_exact = Haystack(tokenizer(), BOOK, seed=1), [], 0, 0
+    for number in (2, 3):
+        trial = haystack.trial(400, number, DEPTHS)
+        for question in trial.questions:
+            kl, own, dense = compared(
+                one, policy, trial.context, question.tokens + question.answer, len(question.answer)
+            )
+            kls.append(kl.mean().item())
+            exact += own == question.answer
+            dense_exact += dense == question.answer
+    assert measured.questions == pytest.approx(kls, rel=1e-3, abs=1e-6)
+    assert (measured.exact, measured.dense_exact) == (exact, dense_exact)
+    texts = []
+    for number in (2, 3):
+        context, [(end, predicted)] = calibrator._text(number)
+        assert len(end) == TEXT_ROWS and predicted == TEXT_ROWS - 1 and len(context) + len(end) == 400
+        assert tokenizer().decode(context + end) in tokenizer().decode(haystack.book)
+        texts.append(compared(one, policy, context, end, predicted)[0].mean().item())
+    assert measured.texts == pytest.approx(texts, rel=1e-3, abs=1e-6)
+    assert min(kls + texts) > 1e-4
+
+
+def compared(engine, policy, context, tokens, predicted):
+    """KL divergences of the last predictions, and the most probable tokens of the policy and of dense attention."""
+    rows = []
+    for each in (policy, Policy()):
+        logits = torch.cat(list(engine.using(each).predictions(context + tokens, len(context))))
+        rows.append(logits[-predicted:].double().log_softmax(-1))
+    own, dense = rows
+    return (dense.exp() * (dense - own)).sum(-1), own.argmax(-1).tolist(), dense.argmax(-1).tolist()
+
+
+def test_what_is_right_is_counted():
+    """An answer is one that all of its tokens are right of; dense answers beside."""
+    calibrator = Calibrator(engine(), BOOK, WISH)
+    passage = calibrator.passage(4)
+    chain = passage.rows.chain[passage.rows.counted]
+    best = passage.dense.argmax(-1)
+    answers = torch.where((chain == 1) | (chain == 3), best, (best + 1) % VOCAB)
+    answers[(chain == 3).nonzero()[0]] += 1
+    calibrator._passages[4] = replace(passage, rows=replace(passage.rows, answers=answers))
+    covering = calibrator.policy(Layout(0.0, (0,), (1,)), scale=100)
+    assert calibrator.budget == 32 and covering.budget == 399
+    measured = calibrator.measured(covering, 2)
+    assert (measured.exact, measured.dense_exact) == (1, 1)
+    assert max(measured.questions) < 1e-5
+    calibrator._passages[4] = replace(passage, dense=passage.dense.roll(1, -1))
+    calibrator.partial.measured.clear()
+    assert min(calibrator.measured(covering, 2).questions) > 0.1
+
+
+def test_sets_share_nothing():
+    calibrator = Calibrator(engine(), BOOK, replace(WISH, prompts=2))
+    sets = [set(calibrator.prompts(which)) for which in range(3)]
+    assert set.union(*sets) == set(range(12)) and sum(map(len, sets)) == 12
+    asked = [str(calibrator._questions(number)[1]) for number in range(6)]
+    contexts = [str(calibrator._text(number)[1]) for number in range(6)]
+    assert len(set(asked)) == len(set(contexts)) == 6
+    told = [
+        question for number in range(6) for question in Haystack(tokenizer(), BOOK, seed=1).trial(400, number).questions
+    ]
+    assert len({(question.word, question.digits) for question in told}) == len(told)
+    # Squares of effects, times weights, sum up to the mean over questions and half of that over texts.
+    assert [weight**2 for weight in calibrator.weights()] == pytest.approx([0.5, 0.25, 0.5, 0.25])
+
+
+def test_trust():
+    """The mean over fresh prompts, and its standard error."""
+    fresh = Measured([0.1, 0.2, 0.6], [0.4], exact=1, dense_exact=2)
+    made = replace(found(), fresh=fresh)
+    assert standard_error([0.1, 0.2, 0.6]) == pytest.approx(0.1527525)
+    assert made.trust() == {
+        "kl_questions": 0.3,
+        "kl_questions_se": 0.15275,
+        "kl_text": 0.4,
+        "kl_text_se": 0.0,
+        "questions": 3,
+        "exact_match": 0.3333,
+        "exact_match_dense": 0.6667,
+    }
+    for part in (
+        "2 dense layers",
+        "budget of 32 of 400",
+        "0.3000 ± 0.1527",
+        "0.4000 ± 0.0000",
+        "33% of 3",
+        "67% under",
+    ):
+        assert part in made.said()
+    assert found().trust()["questions"] == len(DEPTHS)
+    for head_map, measured in ((None, found().fresh), (found().head_map, found().mapped)):
+        calibrator = Calibrator(deep(), BOOK, WISH)
+        assert calibrator.measured(calibrator.policy(found().layout, head_map), 2) == measured
+    assert found().mapped != found().fresh
+
+
+# What is written
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_file_is_what_policies_then_use(tmp_path):
+    content = json.loads(json.dumps(found().as_json()))
+    path = write(content, tmp_path)
+    assert path == tmp_path / "springtide.json" and read_calibration(tmp_path) == content
+    assert content["version"] == VERSION
+    assert (content["tidal"]["budget"], content["tidal"]["length"]) == (32, 400)
+    used = Engine(deep().stack.model, calibration=content)
+    policy = used.resolve("tidal:budget=32")
+    assert (policy.full, policy.selecting) == (found().layout.full, found().layout.select)
+    mapped = used.resolve("tidal:budget=32,heads=map")
+    assert {layer: list(sets) for layer, sets in mapped.map} == found().head_map
+    assert set(found().head_map) == set(range(6)) - set(policy.dense_layers)
+    calibrator = Calibrator(deep(), BOOK, WISH)
+    assert mapped == calibrator.policy(found().layout, found().head_map)
+    used.using(mapped).generate(tokenizer().encode(BOOK)[:60], max_tokens=2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_brief_calibration_chooses_by_gradients_alone(monkeypatch):
+    monkeypatch.setattr(Calibrator, "measured", lambda *_: pytest.fail("tried a layout"))
+    *before, content = brief(deep(), BOOK, replace(WISH, prompts=2))
+    assert before == [None] * 8
+    assert set(content) == {"version", "tidal"} and set(content["tidal"]) == {"full", "select", "budget", "length"}
+    policy = Engine(deep().stack.model, calibration=content).resolve("tidal")
+    assert len(policy.dense_layers) == 2
+
+
+# Going on
+
+
+@pytest.fixture
+def work(monkeypatch) -> dict[str, int]:
+    """How many passages' effects were computed, and how often a policy's divergence on one."""
+    done = {"effects": 0, "measured": 0}
+    effects, kl_div = Recording.effects, calibration.kl_div
+
+    def counted(name, function):
+        def count(*args, **options):
+            done[name] += 1
+            return function(*args, **options)
+
+        return count
+
+    monkeypatch.setattr(Recording, "effects", counted("effects", effects))
+    monkeypatch.setattr(calibration, "kl_div", counted("measured", kl_div))
+    return done
+
+
+def interrupted(engine: Engine, partial: Path, after: int, **options) -> None:
+    """Calibrate for some steps only."""
+    steps: Iterator[Calibration | None] = calibrate(engine, BOOK, replace(WISH, **options), partial)
+    with closing(steps):
+        assert list(islice(steps, after)) == [None] * after
+
+
+@cache
+def whole() -> Calibration:
+    return calibrated(engine())
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 5, 8, 10])
+def test_an_interrupted_calibration_goes_on(tmp_path, work, after):
+    """And does nothing twice."""
+    expected, path = timeless(whole()), tmp_path / "partial"
+    work.update(effects=0, measured=0)
+    calibrated(engine())
+    total = dict(work)
+    work.update(effects=0, measured=0)
+    interrupted(engine(), path, after)
+    assert path.is_file() and work["effects"] == min(after, 2)
+    assert timeless(calibrated(engine(), partial=path)) == expected
+    assert work == total
+    assert not path.exists() and not list(tmp_path.iterdir())
+
+
+def test_what_comes_in_the_middle_of_a_step_is_done_again(tmp_path, work, monkeypatch):
+    path = tmp_path / "partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "kl_div", interrupt_after(3, calibration.kl_div))
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(engine(), partial=path)
+    assert path.is_file() and work == {"effects": 2, "measured": 3}
+    assert timeless(calibrated(engine(), partial=path)) == timeless(whole())
+
+
+def interrupt_after(count: int, function):
+    left = iter(range(count))
+
+    def interrupted(*args, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*args, **options)
+
+    return interrupted
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"length": 380},
+        {"tidal": Tidal(budget=16)},
+        {"tidal": Tidal(budget=32, heads="kv")},
+        {"prompts": 2},
+        {"chat": True},
+    ],
+    ids=str,
+)
+def test_a_partial_calibration_of_other_options_is_no_use(tmp_path, work, options):
+    expected, path = timeless(whole()), tmp_path / "partial"
+    interrupted(engine(), path, 1, **options)
+    work["effects"] = 0
+    assert timeless(calibrated(engine(), partial=path)) == expected
+    assert work["effects"] == 2
+
+
+def test_nor_is_one_of_another_model_or_text(tmp_path, work):
+    expected = [timeless(calibrated(engine(), text)) for text in (BOOK, BOOK[::-1])]
+    for other in (lambda path: interrupted(deep(), path, 2), lambda path: interrupted(engine(hidden_size=64), path, 2)):
+        other(tmp_path / "partial")
+        assert timeless(calibrated(engine(), partial=tmp_path / "partial")) == expected[0]
+    interrupted(engine(), tmp_path / "partial", 6)
+    assert timeless(calibrated(engine(), BOOK[::-1], tmp_path / "partial")) == expected[1] != expected[0]
+
+
+def test_a_partial_calibration_serves_another_number_of_layers(tmp_path, work):
+    interrupted(engine(), tmp_path / "partial", 2)
+    work["effects"] = 0
+    result = calibrated(engine(), partial=tmp_path / "partial", dense_layers=1)
+    assert work["effects"] == 0
+    assert timeless(result) == timeless(calibrated(engine(), dense_layers=1))
+
+
+@pytest.mark.parametrize("content", [b"", b"no torch file", None, {}, {"key": 1}, [3]], ids=str)
+def test_a_broken_partial_calibration_is_no_use(tmp_path, content):
+    path = tmp_path / "partial"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is None:
+        interrupted(engine(), path, 2)
+        path.write_bytes(path.read_bytes()[:-900])
+    else:
+        key = Calibrator(engine(), BOOK, WISH).key
+        torch.save({**content, "key": key} if isinstance(content, dict) else content, path)
+    assert timeless(calibrated(engine(), partial=path)) == timeless(whole())
+    assert not path.exists()
+
+
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -49,19 +459,106 @@ def test_layers_with_a_sliding_window_take_no_part():
     [
         ({"dense_layers": 4}, "4 dense layers were asked for, but the model has 4 layers .* choose 1 to 3"),
         ({"dense_layers": 0}, "choose 1 to 3"),
+        ({"dense_layers": 2, "target_kl": 0.1}, "either --dense-layers or --target-kl, not both"),
+        ({"target_kl": 0.0}, "--target-kl is 0.0, but it must be above 0"),
+        ({"target_kl": float("nan")}, "must be above 0"),
         ({"tidal": Tidal(budget=400)}, "budget is 400, but must be at least 1 and below the length, 400"),
         ({"tidal": Tidal(budget=0)}, "budget is 0, but must be at least 1"),
+        ({"tidal": Tidal(budget=Share(0))}, "budget is 0%, but must be at least 1"),
+        ({"tidal": Tidal(budget=Share(120))}, "budget is 120%, but must be at least 1 and below the length"),
         ({"length": 100}, "100 is too short to calibrate at"),
-        ({"length": 1000}, "model's context holds 1024; use a shorter length"),
+        ({"length": 128}, "128 is too short to calibrate at; use more than 128"),
+        ({"length": 1000, "text": BOOK[:1500]}, "The text has .* tokens, but the length is 1000"),
+        ({"length": 1024, "text": BOOK * 3}, "model's context holds 1024; use a shorter length"),
         ({"text": "A short text."}, "The text has .* tokens, but the length is 400"),
     ],
+    ids=str,
 )
 def test_bad_options_are_refused_before_any_work(options, message, monkeypatch):
     monkeypatch.setattr(Engine, "run", lambda *_: pytest.fail("worked"))
-    with pytest.raises(SpringtideError, match=message):
+    monkeypatch.setattr("springtide.engine.stack.Stack.forward", lambda *_: pytest.fail("worked"))
+    with pytest.raises(SpringtideError, match=message) as caught:
         calibrated(engine(), **options)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
-def test_a_model_without_layers_to_choose():
-    with pytest.raises(SpringtideError, match="0 layers without a sliding window, but 2 are needed"):
-        calibrated(engine("mistral"))
+@pytest.mark.parametrize(("name", "count"), [("mistral", 0), ("gemma2", 1)])
+def test_a_model_without_layers_to_choose(name, count):
+    few = engine(name, num_hidden_layers=2)
+    for options in ({}, {"dense_layers": 1}):
+        with pytest.raises(SpringtideError, match=f"{count} layers without a sliding window, but 2 are needed"):
+            calibrated(few, **options)
+
+
+# The map between heads
+
+
+class Planted:
+    """Stands for a recording: ``effects`` of each pair of layers, ``[N, set, head]``."""
+
+    def __init__(self, effects):
+        self.effects = effects
+
+    def by_set(self, selecting, reading):
+        return self.effects[selecting, reading]
+
+
+LAYOUT, PAIRS = Layout(0.0, (0, 8), (1, 5)), [(1, 3), (1, 4), (5, 7), (5, 9)]
+LAYERS = (0, 1, 3, 4, 5, 7, 8, 9)
+
+
+def planted(seed: int, heads: int, samples: int) -> dict[tuple[int, int], torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {pair: torch.randn(samples, heads, heads, generator=generator) for pair in PAIRS}
+
+
+@pytest.mark.parametrize("heads", [2, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_map_that_loses_nothing_is_found(heads, seed):
+    effects = planted(seed, heads, 2000)
+    truth = torch.randint(0, heads, (len(PAIRS), heads), generator=torch.Generator().manual_seed(seed))
+    for sets, own in zip(truth.tolist(), effects.values(), strict=True):
+        for head, source in enumerate(sets):
+            own[:, source, head] *= 0.01
+    learner = MapLearner(LAYOUT, LAYERS)
+    assert learner.pairs == PAIRS
+    for part in range(2):
+        learner.add(Planted({pair: own[part::2] for pair, own in effects.items()}), 1.0)
+    assert learner.learn() == {layer: sets for (_, layer), sets in zip(PAIRS, truth.tolist(), strict=True)}
+
+
+def test_the_map_is_learnt_from_each_heads_own_set():
+    """Which is what the first set of passages says, whatever heads read otherwise."""
+    calibrator, learner = Calibrator(deep(), BOOK, WISH), MapLearner(found().layout, range(6))
+    for number, weight in zip(calibrator.prompts(0), calibrator.weights(), strict=True):
+        learner.add(calibrator.recording(number, "kv"), weight)
+    assert learner.learn() == found().head_map
+    sets = {tuple(sets) for sets in found().head_map.values()}
+    assert sets <= set(product(range(2), repeat=2)) and len(sets) > 1
+
+
+def test_passages_count_by_their_weights():
+    first, second = (planted(seed, 2, 500) for seed in (1, 2))
+    for effects, source in ((first, 0), (second, 1)):
+        for own in effects.values():
+            own[:, source] *= 0.01
+    for weights, source in (((1.0, 0.1), 0), ((0.1, 1.0), 1)):
+        learner = MapLearner(LAYOUT, LAYERS)
+        for effects, weight in zip((first, second), weights, strict=True):
+            learner.add(Planted(effects), weight)
+        assert set(map(tuple, learner.learn().values())) == {(source, source)}
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.integers(1, 4))
+def test_a_learnt_map_is_never_predicted_to_be_worse_than_none(seed, heads):
+    effects = planted(seed, heads, 6)
+
+    def loss(sets):
+        read = [own[:, sets[layer][head], head] for (_, layer), own in effects.items() for head in range(heads)]
+        return float(sum(read).square().sum() + sum(x.square().sum() for x in read))
+
+    learner = MapLearner(LAYOUT, LAYERS)
+    learner.add(Planted(effects), 1.0)
+    learnt = learner.learn()
+    assert loss(learnt) <= loss({layer: range(heads) for _, layer in PAIRS}) * (1 + 1e-5)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
-import springtide
 from folders import BOOK, VOCAB, tokenizer
 from springtide.engine.engine import Engine
 from springtide.evaluation import demo
 from tiny import tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*the model is not calibrated")
+LAYERS = {"version": 2, "tidal": {"full": [0], "select": [1]}}
+
+
+def engine():
+    return Engine(tiny("qwen3", vocab_size=VOCAB, max_position_embeddings=1024), tokenizer(), calibration=LAYERS)
 
 
 def test_demo(monkeypatch, capsys):
     monkeypatch.setattr(demo, "LENGTH", 400)
-    engine = springtide.load(tiny("qwen3", vocab_size=VOCAB, max_position_embeddings=1024), tokenizer())
-    result = demo.demo(engine, BOOK)
+    result = demo.demo(engine(), BOOK)
     json.dumps(result)
     assert [row["depth"] for row in result["answers"]] == [0.1, 0.3, 0.5, 0.7, 0.9]
     assert [row["policy"] for row in result["summary"]] == ["dense", "tidal, budget 256"]
@@ -37,6 +37,5 @@ def test_answers_are_shown_as_they_are(monkeypatch, capsys):
             sequence.text = "[/red] [bold]x"
 
     monkeypatch.setattr(Engine, "run", bracketed)
-    engine = springtide.load(tiny("qwen3", vocab_size=VOCAB, max_position_embeddings=1024), tokenizer())
-    demo.demo(engine, BOOK)
+    demo.demo(engine(), BOOK)
     assert capsys.readouterr().out.count("[/red] [bold]x") == 10

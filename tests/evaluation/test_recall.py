@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import springtide
 from folders import BOOK, VOCAB, tokenizer
 from springtide import SpringtideError
 from springtide.attention import Oracle, Streaming, Tidal
+from springtide.attention.policy import Layer
+from springtide.engine.cache import Cache
 from springtide.engine.engine import Engine
+from springtide.engine.rows import Segment
 from springtide.evaluation.needle import Haystack
-from springtide.evaluation.recall import LayerRecall, recall
+from springtide.evaluation.recall import LayerRecall, Meter, recall
 from tiny import tiny
 
 LENGTH = 400
@@ -48,6 +52,36 @@ def test_nothing_holds_more_than_the_oracle_and_more_budget_holds_more(engine, h
         assert mass["tidal", 64, layer] < best
         assert mass["streaming", 64, layer] < best
         assert mass["streaming", 64, layer] < mass["streaming", 300, layer] <= 1 + 1e-5
+
+
+def test_every_head_is_measured_by_itself():
+    """Two rows, two KV heads that share four query heads: logits are keys, times 1, 2 for the queries of a head."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, 0.5], [3.0, 0.0, 1.0, 2.0]])  # [H_kv, L]
+    cache = Cache(1)
+    cache.write(0, 0, logits[..., None], logits[..., None])
+    segment = Segment.chain(cache, 2, [7, 7], decoding=True, state=None)
+    q = torch.tensor([1.0, 2.0, 1.0, 2.0]).expand(2, 4)[..., None]
+    index = torch.tensor([[2, 0], [1, 2]]).expand(2, 2, 2)  # head 0 reads slots 2 and 0, head 1 slots 1 and 2
+    meter = Meter()
+    for _ in range(2):
+        meter(Layer(0, scale=1.0), q, segment, index, torch.ones_like(index, dtype=torch.bool))
+    expected = []
+    for head, slots in ((0, [2, 0]), (1, [1, 2])):
+        seen = [logits[head, : 3 + row] * factor for row in (0, 1) for factor in (1, 2)]
+        expected.append(sum(row.softmax(-1)[slots].sum().item() for row in seen) / 4)
+    assert meter.rows == {0: 4}
+    assert (meter.mass[0] / 4).tolist() == pytest.approx(expected)
+
+
+def test_a_layer_has_the_mass_of_each_head_and_the_worst(engine, haystack):
+    rows = measured(
+        engine, haystack, [Tidal(budget=64, heads="kv", full=(0,), select=1, reselect=()), Streaming(budget=64)]
+    )
+    assert rows
+    for row in rows:
+        assert len(row.mass_by_head) == 2
+        assert row.mass == pytest.approx(sum(row.mass_by_head) / 2)
+        assert row.worst_head_mass == min(row.mass_by_head) < max(row.mass_by_head)
 
 
 def test_layers_that_stay_dense_have_no_rows(engine, haystack):

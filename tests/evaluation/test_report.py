@@ -10,6 +10,7 @@ import pytest
 from springtide import SpringtideError
 from springtide.attention import Policy, Quest, Tidal
 from springtide.evaluation import report
+from springtide.evaluation.calibrate import Point
 
 
 def test_json_is_written(tmp_path):
@@ -77,8 +78,9 @@ def test_a_picture_of_lines_and_of_values_without_an_x(tmp_path, log_x):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_heat_map(tmp_path):
-    report.plot_heat(tmp_path / "a.png", [[0.0, 0.5], [0.0, 0.0]], layers=[1, 3], select=[1])
+def test_a_curve(tmp_path):
+    points = [Point(n, (0,), (1,), budget, 0.1 / n, 0.2, 100, 3.0) for n in (1, 2) for budget in (32, 64)]
+    report.plot_curve(tmp_path / "a.png", points)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,19 +12,25 @@ from hypothesis import strategies as st
 
 from guesses import KINDS, Guesses
 from springtide.attention.policy import Policy
+from springtide.attention.tidal import Tidal
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
 from springtide.engine.rows import PREFIX
 from springtide.engine.sampling import Sampling
 from springtide.kernels import native
+from springtide.options import Share
 from stepping import check_cache, poison, steps
 from tiny import random_tokens, tiny
 
-PROMPT = random_tokens(29)
+PROMPT, LONG = random_tokens(29), random_tokens(55, seed=5)
 TIDAL = "tidal:budget=7,full=0,select=1"
 POLICIES = {
     "dense": "dense",
     "tidal": TIDAL,
+    "tidal with a set for each head": f"{TIDAL},heads=kv,pool=mean",
+    "tidal with a map between heads": Tidal(
+        budget=7, full=(0,), select=1, reselect=(), heads="map", map=((2, (1, 0)), (3, (1, 1)))
+    ),
     "tidal that keeps nothing": f"{TIDAL},sinks=0,recent=0",
     "tidal with less budget than is always kept": "tidal:budget=4,full=0,select=1,sinks=3,recent=9",
     "tidal with corrections": f"{TIDAL},correct=5",
@@ -56,7 +63,7 @@ def test_greedy_is_as_without_a_drafter(policy, kind):
     assert Engine(model(), policy=policy, drafter=drafter).generate(PROMPT, max_tokens=32).token_ids == expected
     if kind == "oracle":
         assert drafter.calls <= 32 / 4, "right guesses are accepted"
-    if kind == "wrong" and "correct" not in policy:
+    if kind == "wrong" and policy != POLICIES["tidal with corrections"]:
         assert drafter.calls == 31, "and wrong ones are not"
 
 
@@ -66,6 +73,37 @@ def test_greedy_is_as_without_a_drafter_for_any_tree(policy, seed, size):
     expected = plain(policy)[:16]
     drafter = Guesses([PROMPT + plain(policy)], "mixed", seed, size)
     assert Engine(model(), policy=policy, drafter=drafter).generate(PROMPT, max_tokens=16).token_ids == expected
+
+
+GROWING = {
+    "tidal": "tidal:budget=20%,full=0,select=1",
+    "tidal with corrections": "tidal:budget=20%,full=0,select=1,correct=9",
+    "tidal with a map between heads": replace(POLICIES["tidal with a map between heads"], budget=Share(10)),
+    "oracle": "oracle:budget=10%,skip=1",
+    "streaming": "streaming:budget=10%",
+}
+
+
+@pytest.mark.parametrize("policy", GROWING.values(), ids=GROWING.keys())
+@pytest.mark.parametrize("kind", ["oracle", "mixed", "random"])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "sampled"])
+def test_as_without_a_drafter_while_the_budget_grows(policy, kind, sampling):
+    """After 64 tokens and after 128, in the middle of what is drafted."""
+    expected = plain(policy, prompt=tuple(LONG), count=80, **sampling)
+    for seed, size in ((0, 8), (1, 30)):
+        drafter = Guesses([LONG + expected], kind, seed, size)
+        engine = Engine(model(), policy=policy, drafter=drafter)
+        assert engine.generate(LONG, max_tokens=80, **sampling).token_ids == expected
+        assert kind != "oracle" or drafter.calls <= 80 / 3
+
+
+@pytest.mark.parametrize("policy", GROWING.values(), ids=GROWING.keys())
+def test_a_drafted_batch_is_each_alone_while_budgets_grow(policy):
+    prompts = [LONG[:length] for length in (48, 55)]
+    alone = [plain(policy, prompt=tuple(prompt), count=80) for prompt in prompts]
+    truths = [prompt + output for prompt, output in zip(prompts, alone, strict=True)]
+    engine = Engine(model(), policy=policy, drafter=Guesses(truths, "mixed", size=14))
+    assert [out.token_ids for out in engine.generate(prompts, max_tokens=80)] == alone
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "phi3", "cohere2"])

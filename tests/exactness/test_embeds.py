@@ -75,7 +75,7 @@ def test_vectors_of_tokens_are_those_tokens():
     assert complete(Engine(model), given) == plain.token_ids
 
 
-@pytest.mark.parametrize("policy", ["dense", "tidal:budget=64,rows=each", "quest:budget=64,page=4"])
+@pytest.mark.parametrize("policy", ["dense", "tidal:budget=64,layout=paper", "quest:budget=64,page=4"])
 @pytest.mark.parametrize("kind", ["oracle", "random", "mixed"])
 def test_drafted_is_plain(policy, kind):
     model, given = tiny("qwen3", torch.float64), embeds()
@@ -97,7 +97,7 @@ def test_sampling_is_the_same_drafted():
 
 def test_a_budget_that_covers_all_is_dense():
     model, given = tiny("qwen3", torch.float64), embeds()
-    assert complete(Engine(model, policy="tidal:budget=64"), given) == complete(Engine(model), given)
+    assert complete(Engine(model, policy="tidal:budget=64,layout=paper"), given) == complete(Engine(model), given)
 
 
 def test_batched_is_alone():

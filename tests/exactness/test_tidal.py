@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from springtide.attention import parse_policy
 from springtide.attention.baselines import Oracle, Quest, Streaming, page_bounds
-from springtide.attention.policy import Layer, Policy, dense
-from springtide.attention.tidal import Tidal
+from springtide.attention.calibration import VERSION
+from springtide.attention.policy import STEP, Layer, Policy, dense
+from springtide.attention.tidal import NotCalibratedError, Tidal
 from springtide.engine import loop
 from springtide.engine.cache import Cache
 from springtide.engine.engine import Engine
@@ -23,13 +24,17 @@ from springtide.engine.sampling import Sampling
 from springtide.engine.spec import ModelSpec
 from springtide.errors import SpringtideError
 from springtide.kernels.reference import keep_first
+from springtide.options import Share
 from tiny import random_tokens, tiny
 
 PROMPT = random_tokens(40)
 LAYERS = "full=0,select=1,reselect=3"  # of 6, so that layers 2, 4 and 5 are sparse
 TIDAL = f"tidal:budget=9,{LAYERS}"
-SPARSE = [TIDAL, f"{TIDAL},heads=all,pool=max", "oracle:budget=9,skip=1", "streaming:budget=9,sinks=3"]
-every_sparse_policy = pytest.mark.parametrize("policy", SPARSE)
+MAP = ((2, (1, 0)), (4, (1, 1)), (5, (0, 0)))
+MAPPED = Tidal(budget=9, full=(0,), select=1, reselect=(3,), heads="map", map=MAP)
+GROWING = f"tidal:budget=30%,recent=20%,{LAYERS}"  # grows after 64 tokens and after 128
+SPARSE = [TIDAL, f"{TIDAL},heads=kv,pool=mean", MAPPED, GROWING, "oracle:budget=9,skip=1", "streaming:budget=9,sinks=3"]
+every_sparse_policy = pytest.mark.parametrize("policy", SPARSE, ids=str)
 
 
 def engine_of(policy, name="qwen3", dtype=torch.float64, **overrides):
@@ -122,7 +127,7 @@ def test_later_tokens_and_siblings_change_nothing(policy):
     others, after = rows_after(engine, cache, [50, 51, 52, 10, 11, 12], parents)
     torch.testing.assert_close(rows[:3], others[:3], atol=1e-12, rtol=0)
     assert not torch.allclose(rows[3:], others[3:])
-    if policy.startswith("tidal"):
+    if engine.policy.name == "tidal":
         assert torch.equal(before.state.selected[:3], after.state.selected[:3])
 
 
@@ -190,7 +195,7 @@ def test_selection_is_the_highest_pooled_scores(seed, pool, heads, budget):
 @given(st.integers(0, 10**6), st.integers(1, 12))
 def test_the_oracle_selects_by_scores_and_keeps_only_itself(seed, budget):
     q, segment = case(seed, parents=TREE)
-    by_scores = Tidal(budget=budget, sinks=0, recent=0).choose(Layer(0, SCALE), q, segment)
+    by_scores = Tidal(budget=budget, sinks=0, recent=0, heads="kv", pool="mean").choose(Layer(0, SCALE), q, segment)
     assert torch.equal(Oracle(budget=budget).choose(Layer(0, SCALE), q, segment), by_scores)
 
 
@@ -229,12 +234,12 @@ def test_a_row_always_keeps_itself_even_as_the_last_choice(pool, heads, recent):
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10**6), st.integers(0, 6), st.integers(0, 9), st.integers(1, 22))
 def test_itself_then_the_newest_then_the_oldest_are_kept(seed, sinks, recent, budget):
-    """Inside the budget, in this order, whatever the scores are; the newest take a quarter of it at most."""
+    """Inside the budget, in this order, whatever the scores are."""
     q, segment = case(seed, parents=TREE)
     chosen = Tidal(budget=budget, sinks=sinks, recent=recent).choose(Layer(0, SCALE), q, segment)
     for row in range(len(TREE)):
         slots = seen_by(segment, row)
-        newest, oldest = slots[::-1][: max(1, min(recent, budget // 4))], slots[:sinks]
+        newest, oldest = slots[::-1][: max(1, recent)], slots[:sinks]
         order = list(dict.fromkeys([*newest, *oldest]))
         for kv_head in range(KV_HEADS):
             got = chosen[row, kv_head].tolist()
@@ -251,6 +256,180 @@ def test_what_is_always_kept_never_ties(seed, sinks, recent):
     assert len(kept) == sinks + recent and len(kept.unique()) == len(kept)
 
 
+# One set for each KV head, and maps between heads
+
+
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_the_identity_map_is_a_set_for_each_head(pool):
+    kv = engine_of(f"{TIDAL},heads=kv,pool={pool}")
+    same = kv.using(replace(MAPPED, pool=pool, map=tuple((layer, (0, 1)) for layer, _ in MAP)))
+    assert torch.equal(same.score(PROMPT, 12), kv.score(PROMPT, 12))
+    assert not torch.equal(same.using(replace(MAPPED, pool=pool)).score(PROMPT, 12), kv.score(PROMPT, 12))
+
+
+def test_each_head_reads_the_set_that_the_map_says():
+    """Of the layer that selected last: layer 1 for layer 2, and layer 3 for layers 4 and 5."""
+    read, chosen = {}, {}
+    engine = engine_of(MAPPED)
+    choose = Tidal.choose
+
+    def spy(self, layer, q, segment):
+        chosen[layer.index] = choose(self, layer, q, segment)
+        return chosen[layer.index]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tidal, "choose", spy)
+        list(
+            engine.predictions(
+                PROMPT, 38, meter=lambda layer, q, segment, index, mask: read.update({layer.index: index})
+            )
+        )
+    assert set(chosen) == {1, 3} and set(read) == {2, 4, 5}
+    for layer, sets in MAP:
+        selected = chosen[1 if layer == 2 else 3]
+        for head, source in enumerate(sets):
+            assert torch.equal(read[layer][:, head], selected[:, source])
+    assert not torch.equal(chosen[1][:, 0], chosen[1][:, 1])
+
+
+@pytest.mark.parametrize("heads", ["all", "kv"])
+def test_a_map_counts_only_where_it_is_asked_for(heads):
+    engine = engine_of(replace(MAPPED, heads=heads))
+    assert torch.equal(engine.score(PROMPT, 20), engine_of(f"{TIDAL},heads={heads}").score(PROMPT, 20))
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (replace(MAPPED, map=None), "a map that calibration learnt for these layers"),
+        (replace(MAPPED, map=MAP[:2]), "for these layers"),
+        (replace(MAPPED, map=(*MAP, (3, (0, 1)))), "for these layers"),
+        (replace(MAPPED, full=(0, 2)), "for these layers"),
+        (replace(MAPPED, map=(*MAP[:2], (5, (0, 1, 1)))), "not for the 2 KV heads of this model"),
+        (replace(MAPPED, map=(*MAP[:2], (5, (0,)))), "not for the 2 KV heads"),
+        (replace(MAPPED, map=(*MAP[:2], (5, (0, 2)))), "not for the 2 KV heads"),
+        (replace(MAPPED, map=(*MAP[:2], (5, (0, -1)))), "not for the 2 KV heads"),
+    ],
+    ids=str,
+)
+def test_maps_that_do_not_fit_are_refused(policy, message):
+    with pytest.raises(SpringtideError, match=message) as caught:
+        engine_of(policy)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_a_learnt_map_is_for_the_learnt_layers_alone():
+    learnt = {"full": [0], "select": [1, 3], "map": {str(layer): list(sets) for layer, sets in MAP}}
+    engine = Engine(tiny("qwen3", num_hidden_layers=6), calibration={"version": VERSION, "tidal": learnt})
+    for other in ("layout=paper", "full=0,select=1,reselect=2"):
+        with pytest.raises(SpringtideError, match="leave out full, select and reselect, or use heads=all"):
+            engine.using(f"tidal:budget=9,heads=map,{other}")
+    assert engine.using(f"{TIDAL},heads=map").policy == MAPPED
+
+
+# A budget that is a share of the context
+
+LONG = random_tokens(140, seed=8)
+SHARES = [
+    GROWING,
+    f"{GROWING},correct=7",
+    replace(MAPPED, budget=Share(15)),
+    "tidal:budget=20%,recent=3,heads=kv," + LAYERS,
+    "oracle:budget=10%",
+    "streaming:budget=10%",
+    "quest:budget=30%,page=4",
+]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 10**6), st.integers(1, 1000))
+def test_a_share_is_rounded_up_and_grows_by_steps(length, tenths):
+    percent = tenths / 10
+    budget = Tidal(budget=Share(percent)).budget_at(length)
+    step = -(-length // STEP) * STEP
+    assert budget == -(-(tenths * step) // 1000)
+    policy = Tidal(budget=Share(percent), full=(0,), select=1, reselect=())
+    ahead = policy.headroom(policy.new_state(0), length)
+    grown = [policy.budget_at(length + more + 1) for more in range(ahead + 1)]
+    assert 1 <= ahead <= STEP and len(set(grown[:-1])) == 1
+    assert percent < 5 or grown[-1] > grown[0]
+    assert Tidal(budget=9).headroom(policy.new_state(0), length) is None
+
+
+@pytest.mark.parametrize(("context", "budget"), [(63, 20), (64, 39), (127, 39), (128, 58)])
+def test_the_budget_is_that_of_the_tokens_there_are(context, budget):
+    """With the one that is decoded: 30% of 64, 128 and 192."""
+    engine, read = engine_of(GROWING), []
+    list(engine.predictions(LONG[: context + 2], context, meter=lambda *about: read.append(about[3].shape[-1])))
+    assert set(read) == {budget}
+
+
+@pytest.mark.parametrize("policy", SHARES, ids=str)
+def test_given_rows_are_as_one_at_a_time_while_the_budget_grows(policy, monkeypatch):
+    engine = engine_of(policy)
+    expected = engine.score(LONG, 50)
+    monkeypatch.setattr(loop, "GIVEN_ROWS", 1)
+    torch.testing.assert_close(engine.score(LONG, 50), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("policy", SHARES, ids=str)
+def test_sequences_of_a_batch_are_each_as_alone_while_their_budgets_grow(policy):
+    engine = engine_of(policy)
+    prompts = [LONG[:length] for length in (50, 60, 124)]
+    alone = [engine.generate(prompt, max_tokens=20).token_ids for prompt in prompts]
+    assert [out.token_ids for out in engine.generate(prompts, max_tokens=20)] == alone
+
+
+@pytest.mark.parametrize("name", ["tidal", "oracle", "streaming", "quest"])
+def test_the_whole_context_is_dense(name):
+    sparse = engine_of(f"{name}:budget=100%" + f",{LAYERS}" * (name == "tidal"))
+    full = sparse.using("dense")
+    torch.testing.assert_close(sparse.score(LONG, 50), full.score(LONG, 50), atol=1e-6, rtol=0)
+    assert sparse.generate(LONG[:55], max_tokens=20).token_ids == full.generate(LONG[:55], max_tokens=20).token_ids
+
+
+@pytest.mark.parametrize("name", ["tidal", "oracle", "streaming", "quest"])
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        ("0%", "budget is 0%, but a share must be above 0% and at most 100%"),
+        ("120%", "budget is 120%, but a share must be above 0% and at most 100%"),
+        ("-3%", "budget is -3%, but a share"),
+        ("x%", "budget is 'x%', but it must be a whole number, or a share such as 5%"),
+        ("nan%", "budget is 'nan%', but it must be a whole number, or a share"),
+        ("%", "budget is '%', but it must be a whole number, or a share"),
+        ("5%%", "budget is '5%%', but it must be a whole number, or a share"),
+        ("0.5", "budget is '0.5', but it must be a whole number, or a share"),
+    ],
+)
+def test_shares_that_are_none(name, share, message):
+    layers = f",{LAYERS}" * (name == "tidal")
+    with pytest.raises(SpringtideError, match=f"{name}: {message}") as caught:
+        engine_of(f"{name}:budget={share}{layers}")
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_shares_in_text():
+    policy = parse_policy("tidal:budget=2.5%,recent=10%")
+    assert (policy.budget, policy.recent) == (Share(2.5), Share(10))
+    assert (policy.named_budget, parse_policy("quest:budget=32").named_budget, Policy().named_budget) == (
+        "2.5%",
+        32,
+        None,
+    )
+    assert parse_policy("tidal", Share(7)).budget == Share(7)
+    assert Tidal().recent == Share(25)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 22), st.integers(0, 100))
+def test_recent_may_be_a_share_of_the_budget(seed, budget, percent):
+    q, segment = case(seed, parents=TREE)
+    chosen = Tidal(budget=budget, recent=Share(percent)).choose(Layer(0, SCALE), q, segment)
+    same = Tidal(budget=budget, recent=-(-budget * percent // 100)).choose(Layer(0, SCALE), q, segment)
+    assert torch.equal(chosen, same)
+
+
 # The layout
 
 
@@ -259,36 +438,63 @@ def spec(layers=32, sliding=(), calibration=None):
     return ModelSpec(layers, windows, vocab_size=97, context_limit=512, calibration=calibration)
 
 
+CALIBRATION = {"version": VERSION, "tidal": {"full": [0, 1, 4], "select": [2, 9, 17]}}
+
+
 @pytest.mark.parametrize(
     ("layers", "reselect"), [(3, ()), (4, ()), (12, (5,)), (28, (11,)), (32, (13,)), (36, (15,)), (80, (32,))]
 )
-def test_without_calibration_the_papers_layers_are_scaled_with_a_warning(layers, reselect):
-    with pytest.warns(UserWarning, match="not calibrated"):
-        policy = Tidal().resolve(spec(layers))
+@pytest.mark.filterwarnings("error")
+def test_the_papers_layers_are_scaled(layers, reselect):
+    policy = Tidal(layout="paper").resolve(spec(layers))
     assert (policy.full, policy.select, policy.reselect) == ((0, 1), 2, reselect)
 
 
-def test_the_default_counts_only_layers_without_a_window():
-    with pytest.warns(UserWarning, match="not calibrated"):
-        policy = Tidal().resolve(spec(24, sliding=range(0, 24, 2)))
+def test_the_papers_layout_counts_only_layers_without_a_window():
+    policy = Tidal(layout="paper").resolve(spec(24, sliding=range(0, 24, 2)))
     assert (policy.full, policy.select, policy.reselect) == ((1, 3), 5, (11,))
 
 
+@pytest.mark.filterwarnings("error")
+def test_without_calibration_the_layers_must_be_said():
+    for policy in ("tidal", "tidal:budget=5%,heads=map"):
+        with pytest.raises(NotCalibratedError, match=r"not calibrated; run `springtide calibrate .*tidal:layout=paper"):
+            engine_of(policy)
+    assert engine_of("tidal:layout=paper").policy.selecting == (2,)
+    assert engine_of(TIDAL).policy.selecting == (1, 3)
+
+
+@pytest.mark.filterwarnings("error")
 def test_a_calibrated_layout_is_used_unless_one_is_given():
-    found = spec(calibration={"tidal": {"full": [0, 1, 4], "select": [2, 9, 17]}})
+    found = spec(calibration=CALIBRATION)
+    for policy, layers in (
+        (Tidal(), ((0, 1, 4), 2, (9, 17))),
+        (Tidal(layout="paper"), ((0, 1), 2, (13,))),
+        (Tidal(full=(0,), select=1, reselect=(8,)), ((0,), 1, (8,))),
+        (Tidal(select=0), ((), 0, ())),
+        (Tidal(select=1, full=(0,)), ((0,), 1, ())),
+    ):
+        resolved = policy.resolve(found)
+        assert (resolved.full, resolved.select, resolved.reselect) == layers
+        assert resolved.resolve(found) == resolved
+
+
+def test_a_calibration_of_an_earlier_version_is_used_with_a_warning():
+    old = spec(calibration={"tidal": CALIBRATION["tidal"]})
+    with pytest.warns(UserWarning, match="springtide.json is of an earlier version.*`springtide calibrate` again"):
+        policy = Tidal().resolve(old)
+    assert policy == Tidal().resolve(spec(calibration=CALIBRATION))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        policy = Tidal().resolve(found)
-        given_layers = Tidal(full=(0,), select=1, reselect=(8,)).resolve(found)
-    assert (policy.full, policy.select, policy.reselect) == ((0, 1, 4), 2, (9, 17))
-    assert (given_layers.full, given_layers.select, given_layers.reselect) == ((0,), 1, (8,))
+        Tidal(layout="paper").resolve(old)
 
 
 def test_calibration_reaches_the_policy_through_the_engine():
     model = tiny("qwen3", num_hidden_layers=6)
-    engine = Engine(model, policy="tidal:budget=9", calibration={"tidal": {"full": [0], "select": [1, 3]}})
-    same = Engine(model, policy=TIDAL)
-    assert engine.policy == same.policy
+    found = {"full": [0], "select": [1, 3], "map": {str(layer): list(sets) for layer, sets in MAP}}
+    calibration = {"version": VERSION, "tidal": found}
+    assert Engine(model, policy="tidal:budget=9", calibration=calibration).policy == Engine(model, policy=TIDAL).policy
+    assert Engine(model, policy="tidal:budget=9,heads=map", calibration=calibration).policy == MAPPED
 
 
 @pytest.mark.parametrize(
@@ -301,6 +507,9 @@ def test_calibration_reaches_the_policy_through_the_engine():
         (Tidal(correct=0), "correct"),
         (Tidal(sinks=-1), "sinks"),
         (Tidal(recent=-1), "recent"),
+        (Tidal(recent=Share(101)), "recent is 101%"),
+        (Tidal(full=(0,), reselect=(5,)), "no layer that selects first; give select too"),
+        (Tidal(full=()), "give select too"),
     ],
     ids=str,
 )
@@ -312,7 +521,7 @@ def test_layouts_that_make_no_sense_are_refused(policy, message):
 def test_too_few_layers_for_the_default_can_still_be_named():
     few = spec(4, sliding=(0, 2))
     with pytest.raises(SpringtideError, match="2 layers"):
-        Tidal().resolve(few)
+        Tidal(layout="paper").resolve(few)
     assert Tidal(full=(), select=1, reselect=()).resolve(few).dense_layers == (1,)
 
 
@@ -330,8 +539,9 @@ def test_sliding_layers_stay_as_they_are(name):
     torch.testing.assert_close(sparse.score(PROMPT, 20), full.score(PROMPT, 20), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("policy", ["oracle:budget=4", "streaming:budget=4", "quest:budget=4,page=4", "tidal:budget=4"])
-@pytest.mark.filterwarnings("ignore:tidal. the model is not calibrated")
+@pytest.mark.parametrize(
+    "policy", ["oracle:budget=4", "streaming:budget=4", "quest:budget=4,page=4", "tidal:budget=4,layout=paper"]
+)
 def test_only_global_layers_read_sparsely(policy):
     engine = engine_of(policy, "qwen2", **DEEP)
     read = set()
@@ -342,8 +552,7 @@ def test_only_global_layers_read_sparsely(policy):
 @pytest.mark.parametrize("name", SLIDING)
 def test_global_layers_are_sparse_between_sliding_ones(name):
     engine = engine_of("dense", name, **DEEP)
-    with pytest.warns(UserWarning, match="not calibrated"):
-        sparse = engine.using("tidal:budget=6")
+    sparse = engine.using("tidal:budget=6,layout=paper")
     assert sparse.policy.dense_layers == (1, 3, 5)
     assert (sparse.score(PROMPT, 20) - engine.score(PROMPT, 20)).abs().max() > 1e-4
     expected = sparse.generate(PROMPT, max_tokens=12).token_ids
@@ -547,8 +756,11 @@ LAYER_BYTES = 2 * 8 * 4  # one token's key in one layer: 2 KV heads of 8 fp32 nu
     [
         # keys and values of 41 tokens in 6 layers
         ("dense", 6 * 2 * 41),
-        # 3 dense layers, 3 that read 9 tokens
-        (TIDAL, 3 * 2 * 41 + 3 * 2 * 9),
+        # 3 dense layers, of which 2 read all keys again to choose, and 3 that read 9 tokens
+        (TIDAL, 3 * 2 * 41 + 2 * 41 + 3 * 2 * 9),
+        (MAPPED, 3 * 2 * 41 + 2 * 41 + 3 * 2 * 9),
+        # 30% of 64
+        (GROWING, 3 * 2 * 41 + 2 * 41 + 3 * 2 * 20),
         ("streaming:budget=9", 6 * 2 * 9),
         # 2 dense layers, and 4 that read all keys to choose
         ("oracle:budget=9", 2 * 2 * 41 + 4 * (41 + 2 * 9)),

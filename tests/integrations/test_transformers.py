@@ -29,7 +29,9 @@ import springtide
 from folders import VOCAB, save_drafter, save_model, tokenizer
 from guesses import Guesses
 from springtide import SpringtideError
+from springtide.attention.calibration import VERSION
 from springtide.drafting.medusa import Medusa
+from springtide.evaluation import brief
 from tiny import random_tokens
 
 OURS = {"custom_generate": springtide.hf_generate}
@@ -276,7 +278,7 @@ def test_drafters_that_cannot_be(model, tmp_path):
 
 # -- policies ------------------------------------------------------------------------------------------------------
 
-LAYERS = "full=0,select=1,reselect=3"
+LAYERS = "full=0,select=1"
 
 
 def test_a_sparse_policy(model):
@@ -296,11 +298,25 @@ def test_a_sparse_policy(model):
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_calibration_of_the_models_folder_is_used(tmp_path):
     folder = save_model(tmp_path)
-    (folder / "springtide.json").write_text(json.dumps({"tidal": {"full": [0], "select": [1, 3]}}))
+    (folder / "springtide.json").write_text(json.dumps({"version": VERSION, "tidal": {"full": [0], "select": [1]}}))
     model = AutoModelForCausalLM.from_pretrained(folder)
     inputs, options = prompts(100), {**GREEDY, "max_new_tokens": 24}
     calibrated = model.generate(**inputs, **options, policy="tidal:budget=12", **OURS)
     assert torch.equal(calibrated, model.generate(**inputs, **options, policy=f"tidal:budget=12,{LAYERS}", **OURS))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_without_calibration_there_is_a_sentence_unless_one_is_kept(tmp_path, monkeypatch):
+    model, inputs = AutoModelForCausalLM.from_pretrained(save_model(tmp_path)), prompts(100)
+    with pytest.raises(SpringtideError, match="not calibrated; run `springtide calibrate --model DIR` once"):
+        model.generate(**inputs, **GREEDY, policy="tidal:budget=12", **OURS)
+    monkeypatch.setattr(brief, "LENGTH", 300)
+    monkeypatch.setattr(brief, "PROMPTS", 1)
+    with pytest.warns(UserWarning, match="was not calibrated"):
+        engine = springtide.load(tmp_path, policy="tidal:budget=12")
+    ours = model.generate(**inputs, **GREEDY, policy="tidal:budget=12", **OURS)
+    expected = engine.generate(inputs["input_ids"][0].tolist(), max_tokens=GREEDY["max_new_tokens"])
+    assert ours[0, 100:].tolist() == expected.token_ids
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

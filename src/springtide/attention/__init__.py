@@ -10,11 +10,12 @@ from springtide.attention.baselines import Oracle, Quest, Streaming
 from springtide.attention.policy import Policy
 from springtide.attention.tidal import Tidal
 from springtide.errors import SpringtideError
+from springtide.options import Share, at_least
 
 POLICIES: dict[str, type[Policy]] = {cls.name: cls for cls in (Policy, Tidal, Quest, Streaming, Oracle)}
 
 
-def parse_policy(text: str, budget: int | None = None) -> Policy:
+def parse_policy(text: str, budget: int | Share | None = None) -> Policy:
     """A policy from ``name`` or ``name:option=value,option=value``; lists of layers are joined by ``+``.
 
     ``budget`` is used by policies that have one and whose text does not set it. Raises SpringtideError for an
@@ -25,7 +26,7 @@ def parse_policy(text: str, budget: int | None = None) -> Policy:
         raise SpringtideError(f"Unknown policy '{name}': choose one of {', '.join(POLICIES)}.")
     cls = POLICIES[name]
     types_by_name = get_type_hints(cls)
-    known = [field.name for field in fields(cls)]
+    known = [field.name for field in fields(cls) if "help" in field.metadata]
     values: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         key, equals, value = (part.strip() for part in item.partition("="))
@@ -51,17 +52,29 @@ def split_policies(text: str) -> list[str]:
     return parts
 
 
+def parse_budget(text: str) -> int | Share:
+    """``"256"`` tokens or ``"5%"`` of the context, from ``--budget``. Raises SpringtideError for anything else."""
+    budget: int | Share = _convert("--budget", int | Share, text.strip())
+    at_least(budget, 1, "--budget")
+    return budget
+
+
 def _convert(where: str, kind: Any, value: str) -> Any:
+    shares = False
     if get_origin(kind) is types.UnionType:
-        if value == "none":
+        if value == "none" and type(None) in get_args(kind):
             return None
-        kind = next(option for option in get_args(kind) if option is not type(None))
+        shares = Share in get_args(kind)
+        kind = next(option for option in get_args(kind) if option not in (type(None), Share))
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise SpringtideError(f"{where} is '{value}', but it must be one of {', '.join(get_args(kind))}.")
         return value
     try:
+        if shares and "%" in value:
+            return Share.parse(value)
         return tuple(int(part) for part in value.split("+")) if get_origin(kind) is tuple else int(value)
     except ValueError:
         wanted = "whole numbers joined by +" if get_origin(kind) is tuple else "a whole number"
+        wanted += ", or a share such as 5%" if shares else ""
         raise SpringtideError(f"{where} is '{value}', but it must be {wanted}.") from None

@@ -9,26 +9,20 @@ import torch
 from torch import Tensor
 
 from springtide import kernels
-from springtide.attention.policy import Layer, Policy, dense, gathered
+from springtide.attention.policy import Layer, Sparse, dense, gathered
 from springtide.engine.rows import Segment
 from springtide.engine.spec import ModelSpec
 from springtide.kernels.reference import keep_first
-from springtide.options import at_least, option
+from springtide.options import Share, at_least, option
 
 
 @dataclass(frozen=True)
-class _Sparse(Policy):
+class _Baseline(Sparse):
     """Dense for prompts, in the first ``skip`` layers and where the budget covers the context; else ``choose``."""
-
-    budget: int = option(1024, "tokens that a sparse layer reads per KV head")
-
-    def resolve(self, spec: ModelSpec) -> Self:
-        at_least(self.budget, 1, self.name, "budget")
-        return self
 
     def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
         skip: int = getattr(self, "skip", 0)
-        if not segment.decoding or layer.window is not None or layer.index < skip or self.budget >= segment.length:
+        if not segment.decoding or layer.window is not None or layer.index < skip or self.covers(segment):
             return dense(layer, q, segment)
         index = self.choose(layer, q, segment)
         return gathered(layer, q, segment, index.clamp(max=segment.length - 1), index < segment.length)
@@ -39,7 +33,7 @@ class _Sparse(Policy):
 
 
 @dataclass(frozen=True)
-class Oracle(_Sparse):
+class Oracle(_Baseline):
     """Every layer reads the ``budget`` tokens that its own queries want most: it saves nothing and bounds the rest."""
 
     name: ClassVar[str] = "oracle"
@@ -49,11 +43,11 @@ class Oracle(_Sparse):
     def choose(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
         keys, _ = segment.cache.read(layer.index, 0, segment.length)
         segment.bytes_read += keys.nbytes
-        return kernels.choose(q, keys, layer.scale, segment.seen(), self.budget, softcap=layer.softcap)
+        return kernels.choose(q, keys, layer.scale, segment.seen(), self.tokens(segment), softcap=layer.softcap)
 
 
 @dataclass(frozen=True)
-class Streaming(_Sparse):
+class Streaming(_Baseline):
     """The first tokens and the newest ones (Xiao et al., arXiv 2309.17453), with their original positions."""
 
     name: ClassVar[str] = "streaming"
@@ -63,12 +57,13 @@ class Streaming(_Sparse):
     def choose(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
         keys, _ = segment.cache.read(layer.index, 0, segment.length)
         blank = torch.full((q.shape[0], keys.shape[0], segment.length), -torch.inf, device=q.device)
-        recent = max(1, self.budget - self.sinks)
-        return kernels.select(keep_first(blank, segment.seen(), self.sinks, recent), self.budget)
+        budget = self.tokens(segment)
+        recent = max(1, budget - self.sinks)
+        return kernels.select(keep_first(blank, segment.seen(), self.sinks, recent), budget)
 
 
 @dataclass(frozen=True)
-class Quest(_Sparse):
+class Quest(_Baseline):
     """Query-aware pages (Tang et al., arXiv 2406.10774): the pages whose bounds allow the largest logits.
 
     A page's bound is ``sum_d max(q_d min_d, q_d max_d)`` over the minimum and maximum of its keys. The bounds are
@@ -85,8 +80,9 @@ class Quest(_Sparse):
     pool: Literal["mean", "max"] = option("max", "how the query heads of a KV head are joined in ranking pages")
 
     def resolve(self, spec: ModelSpec) -> Self:
-        at_least(self.page, 1, self.name, "page")
-        at_least(self.budget, self.page, self.name, "budget")
+        at_least(self.page, 1, f"{self.name}: page")
+        if not isinstance(self.budget, Share):
+            at_least(self.budget, self.page, f"{self.name}: budget")
         return super().resolve(spec)
 
     def choose(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
@@ -99,7 +95,7 @@ class Quest(_Sparse):
         ranking = bound.amax(2) if self.pool == "max" else bound.float().softmax(-1).mean(2)
         own = (segment.prefix + torch.arange(q.shape[0], device=q.device)) // self.page
         ranking.scatter_(2, own[:, None, None].expand(-1, keys.shape[0], 1), torch.finfo(ranking.dtype).max)
-        chosen = kernels.select(ranking, self.budget // self.page)
+        chosen = kernels.select(ranking, max(1, self.tokens(segment) // self.page))
         slots = chosen[..., None] * self.page + torch.arange(self.page, device=q.device)
         return slots.flatten(2)
 

@@ -9,6 +9,7 @@ from typing import Any
 from springtide.errors import SpringtideError
 
 FILE = "springtide.json"
+VERSION = 2
 
 
 def read_calibration(folder: Path) -> dict[str, Any] | None:
@@ -16,7 +17,11 @@ def read_calibration(folder: Path) -> dict[str, Any] | None:
 
     Raises SpringtideError if it is not what :mod:`springtide.evaluation.calibrate` writes.
     """
-    path = folder / FILE
+    return read_file(folder / FILE)
+
+
+def read_file(path: Path) -> dict[str, Any] | None:
+    """The same of a file of any name."""
     if not path.is_file():
         return None
     try:
@@ -25,7 +30,10 @@ def read_calibration(folder: Path) -> dict[str, Any] | None:
         layers = [*layout["full"], *layout["select"]]
         if not layout["select"] or not all(isinstance(layer, int) for layer in layers):
             raise ValueError("the layers are not whole numbers")
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        for layer, sets in layout.get("map", {}).items():
+            if not layer.isdigit() or not all(isinstance(head, int) for head in sets):
+                raise ValueError("the map is not lists of whole numbers")
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise SpringtideError(
             f"'{path}' is broken ({error}); run `springtide calibrate` again or delete the file."
         ) from None

@@ -15,6 +15,9 @@ from torch import Tensor
 from springtide import kernels
 from springtide.engine.rows import Segment
 from springtide.engine.spec import ModelSpec
+from springtide.options import Share, amount, at_least, option
+
+STEP = 64  # tokens of context by which a budget that is a share of it grows
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,19 @@ class Policy:
         return length
 
     def headroom(self, state: State, length: int) -> int | None:
-        """How many tokens may be committed before the next refresh is due; None for no limit."""
+        """How many tokens may be committed before rows are computed in another way; None for no limit.
+
+        That is when the next refresh is due, or when a budget that is a share of the context grows.
+        """
+        return None
+
+    def budget_at(self, length: int) -> int | None:
+        """Tokens of ``length`` that a sparse layer reads per KV head; None where there is no such number."""
+        return None
+
+    @property
+    def named_budget(self) -> int | str | None:
+        """The budget as results name it: tokens, a share such as ``"5%"``, or None."""
         return None
 
     def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
@@ -73,6 +88,39 @@ class Policy:
         state: State = segment.state
         if not segment.decoding and segment.prefix <= state.exact:
             state.exact = max(state.exact, segment.prefix + kept)
+
+
+@dataclass(frozen=True)
+class Sparse(Policy):
+    """The base of policies whose sparse layers read a number of tokens.
+
+    A budget that is a share of the context grows every ``STEP`` tokens, between passes: all rows of a pass have the
+    same, whichever others are with them.
+    """
+
+    budget: int | Share = option(1024, "tokens that a sparse layer reads per KV head, or a share of the context as 5%")
+
+    def resolve(self, spec: ModelSpec) -> Self:
+        at_least(self.budget, 1, f"{self.name}: budget")
+        return self
+
+    def budget_at(self, length: int) -> int:
+        return amount(self.budget, -(-length // STEP) * STEP)
+
+    @property
+    def named_budget(self) -> int | str:
+        return str(self.budget) if isinstance(self.budget, Share) else self.budget
+
+    def headroom(self, state: State, length: int) -> int | None:
+        return STEP - length % STEP if isinstance(self.budget, Share) else None
+
+    def tokens(self, segment: Segment) -> int:
+        """The budget of the segment's rows."""
+        return self.budget_at(segment.prefix + 1)
+
+    def covers(self, segment: Segment) -> bool:
+        """Whether the budget holds everything that the segment's rows may see."""
+        return self.tokens(segment) >= segment.prefix + len(segment.tokens)
 
 
 def dense(layer: Layer, q: Tensor, segment: Segment) -> Tensor:

@@ -11,11 +11,37 @@ import torch
 from torch import Tensor
 
 from springtide import kernels
-from springtide.attention.policy import Layer, Policy, State, dense, gathered
+from springtide.attention.calibration import VERSION
+from springtide.attention.policy import Layer, Sparse, State, dense, gathered
 from springtide.engine.rows import Segment
 from springtide.engine.spec import ModelSpec
 from springtide.errors import SpringtideError
-from springtide.options import at_least, option
+from springtide.options import Share, amount, at_least, option
+
+
+class NotCalibratedError(SpringtideError):
+    """No one knows which layers of the model should select."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "tidal: the model is not calibrated; run `springtide calibrate --model DIR` once (minutes), or take the "
+            "paper's layers with tidal:layout=paper."
+        )
+
+
+def paper(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """The paper's layers, scaled from 32 layers (0 and 1 full, 2 and 13 selecting) to a model's depth.
+
+    Raises SpringtideError for fewer than three layers without a sliding window.
+    """
+    layers = spec.global_layers
+    if len(layers) < 3:
+        raise SpringtideError(
+            f"tidal: the model has {len(layers)} layers without a sliding window, but the paper's layout needs 3; "
+            "give full, select and reselect, or use the dense policy."
+        )
+    again = round(13 / 32 * len(layers))
+    return {"full": layers[:2], "select": (layers[2], *layers[again : again + 1 if again > 2 else again])}
 
 
 @dataclass
@@ -26,7 +52,7 @@ class TidalState(State):
 
 
 @dataclass(frozen=True)
-class Tidal(Policy):
+class Tidal(Sparse):
     """A few layers attend to everything and select tokens; the layers between them read those positions only.
 
     While decoding, ``full`` layers are dense, ``select`` and ``reselect`` layers are dense and choose the ``budget``
@@ -37,18 +63,28 @@ class Tidal(Policy):
 
     name: ClassVar[str] = "tidal"
 
-    budget: int = option(1024, "tokens that a sparse layer reads per KV head")
-    full: tuple[int, ...] | None = option(None, "layers that attend to everything, e.g. 0+1 (default: calibrated)")
-    select: int | None = option(None, "first layer that selects tokens (default: calibrated)")
-    reselect: tuple[int, ...] | None = option(None, "layers that select anew, e.g. 13 or 5+9 (default: calibrated)")
+    full: tuple[int, ...] | None = option(None, "layers that attend to everything, e.g. 0+1 (default: as layout says)")
+    select: int | None = option(None, "first layer that selects tokens (default: as layout says)")
+    reselect: tuple[int, ...] | None = option(None, "layers that select anew, e.g. 13 or 5+9 (default: as layout says)")
+    layout: Literal["calibrated", "paper"] = option(
+        "calibrated", "layers that are not given: those that calibration chose, or the paper's, scaled to the depth"
+    )
     sinks: int = option(2, "oldest tokens that are always kept, inside the budget")
-    recent: int = option(64, "newest tokens that are always kept, inside the budget and at most a quarter of it")
-    heads: Literal["kv", "all"] = option("kv", "kv: a set of tokens for each KV head; all: one set for all of them")
-    pool: Literal["mean", "max"] = option("mean", "how the query heads of a KV head are joined in selecting")
+    recent: int | Share = option(Share(25), "newest tokens that are always kept, inside the budget, or a share of it")
+    heads: Literal["all", "kv", "map"] = option(
+        "all",
+        "all: one set of tokens for all KV heads; kv: a set for each of them; map: each reads the set of that KV head "
+        "of the selecting layer which calibration learnt",
+    )
+    pool: Literal["max", "mean"] = option(
+        "max", "how query heads are joined in selecting: by their largest logit, or by the mean of their probabilities"
+    )
     rows: Literal["each", "root"] = option("each", "each: every row of a draft tree selects; root: the first for all")
     correct: int | None = option(
         None, "after this many sparse tokens, run them again densely together with the next one"
     )
+    map: tuple[tuple[int, tuple[int, ...]], ...] | None = None
+    """With ``heads="map"``, for each sparse layer the KV head whose set each of its own reads; from calibration."""
 
     @property
     def rows_independent(self) -> bool:  # type: ignore[override]
@@ -66,46 +102,52 @@ class Tidal(Policy):
         return tuple(sorted({*(self.full or ()), *self.selecting}))
 
     def resolve(self, spec: ModelSpec) -> Self:
-        at_least(self.budget, 1, self.name, "budget")
-        at_least(self.sinks, 0, self.name, "sinks")
-        at_least(self.recent, 0, self.name, "recent")
+        at_least(self.sinks, 0, f"{self.name}: sinks")
+        at_least(self.recent, 0, f"{self.name}: recent")
         if self.correct is not None:
-            at_least(self.correct, 1, self.name, "correct")
-        resolved = replace(self, **self._layout(spec))
+            at_least(self.correct, 1, f"{self.name}: correct")
+        resolved = replace(super().resolve(spec), **self._layers(spec))
         resolved._check_layers(spec)
-        return resolved
+        return replace(resolved, map=resolved._head_map(spec) if self.heads == "map" else None)
 
-    def _layout(self, spec: ModelSpec) -> dict[str, Any]:
-        """The layers: as given; else calibrated; else the paper's, scaled from 32 layers (0-1, 2, 13) to the depth."""
-        given = {name: getattr(self, name) for name in ("full", "select", "reselect")}
-        if None not in given.values():
-            return given
-        default = all(value is None for value in given.values())
-        if default and spec.calibration is not None:
-            layout = spec.calibration["tidal"]
-            return {
-                "full": tuple(layout["full"]),
-                "select": layout["select"][0],
-                "reselect": tuple(layout["select"][1:]),
-            }
-        layers = spec.global_layers
-        if len(layers) < 3:
+    def _layers(self, spec: ModelSpec) -> dict[str, Any]:
+        """The layers: as given; else calibrated, or the paper's."""
+        if self.select is not None:
+            return {"full": self.full or (), "reselect": self.reselect or ()}
+        if self.full is not None or self.reselect is not None:
+            raise SpringtideError("tidal: full or reselect is given, but no layer that selects first; give select too.")
+        if self.layout == "calibrated":
+            if spec.calibration is None:
+                raise NotCalibratedError
+            if spec.calibration.get("version") != VERSION:
+                warnings.warn(
+                    "tidal: springtide.json is of an earlier version, whose layers were chosen for another selection; "
+                    "run `springtide calibrate` again for better ones",
+                    stacklevel=2,
+                )
+            found = spec.calibration["tidal"]
+        else:
+            found = paper(spec)
+        full, select = (tuple(found[role]) for role in ("full", "select"))
+        return {"full": full, "select": select[0], "reselect": select[1:]}
+
+    def _head_map(self, spec: ModelSpec) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """The map for the policy's own layers; raises SpringtideError where calibration learnt none for them."""
+        learnt = ((spec.calibration or {}).get("tidal", {}).get("map") or {}).items()
+        found = self.map or tuple((int(layer), tuple(sets)) for layer, sets in learnt)
+        sparse = {layer for layer in spec.global_layers if layer not in self.dense_layers}
+        if {layer for layer, _ in found} != sparse:
             raise SpringtideError(
-                f"tidal: the model has {len(layers)} layers without a sliding window, but the default layout needs 3; "
-                "give full, select and reselect, or use the dense policy."
+                "tidal: heads=map needs a map that calibration learnt for these layers; run `springtide calibrate` "
+                "and leave out full, select and reselect, or use heads=all."
             )
-        if default:
-            warnings.warn(
-                "tidal: the model is not calibrated, so the paper's layers are used, scaled to its depth; "
-                "`springtide calibrate` finds better ones",
-                stacklevel=2,
+        heads = spec.kv_heads
+        if any(len(sets) != heads or not all(0 <= head < heads for head in sets) for _, sets in found):
+            raise SpringtideError(
+                f"tidal: the map in springtide.json is not for the {heads} KV heads of this model; "
+                "run `springtide calibrate` again."
             )
-        paper = {
-            "full": layers[:2],
-            "select": layers[2],
-            "reselect": tuple(layers[i] for i in {round(13 / 32 * len(layers))} if i > 2),
-        }
-        return {name: paper[name] if value is None else value for name, value in given.items()}
+        return found
 
     def _check_layers(self, spec: ModelSpec) -> None:
         named = self.dense_layers
@@ -138,11 +180,12 @@ class Tidal(Policy):
         return state.exact if due else length
 
     def headroom(self, state: State, length: int) -> int | None:
-        return None if self.correct is None else self.correct - (length - state.exact)
+        limits = [] if self.correct is None else [self.correct - (length - state.exact)]
+        growth = super().headroom(state, length)
+        return min([*limits, growth] if growth is not None else limits, default=None)
 
     def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
-        covered = self.budget >= segment.prefix + len(segment.tokens)
-        if not segment.decoding or layer.window is not None or covered:
+        if not segment.decoding or layer.window is not None or self.covers(segment):
             return dense(layer, q, segment)
         state: TidalState = segment.state
         if layer.index in self.dense_layers:
@@ -150,7 +193,8 @@ class Tidal(Policy):
                 state.selected = self.choose(layer, q, segment)
             return dense(layer, q, segment)
         assert state.selected is not None
-        return gathered(layer, q, segment, state.selected)
+        index = state.selected if self.map is None else state.selected[:, list(dict(self.map)[layer.index])]
+        return gathered(layer, q, segment, index)
 
     def choose(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
         """The slots that each row selects at this layer: ``[R, H_kv, B]``, ascending.
@@ -180,15 +224,17 @@ class Tidal(Policy):
     def best(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
         """The ``budget`` slots that each row wants most, ``[R, H_kv, B]``, those that are always kept among them."""
         keys, _ = segment.cache.read(layer.index, 0, segment.length)
+        segment.bytes_read += keys.nbytes
+        budget = self.tokens(segment)
         return kernels.choose(
             q,
             keys,
             layer.scale,
             segment.seen(),
-            self.budget,
+            budget,
             sinks=self.sinks,
-            recent=min(self.recent, self.budget // 4),
+            recent=amount(self.recent, budget),
             pool=self.pool,
-            heads=self.heads,
+            heads="all" if self.heads == "all" else "kv",
             softcap=layer.softcap,
         )

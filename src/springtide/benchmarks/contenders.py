@@ -32,7 +32,7 @@ class Contender(Protocol):
 
     name: str
     policy: str | None
-    budget: int | None
+    budget: int | str | None
 
     def read(self, tokens: list[int]) -> int:
         """Read a prompt and return the token after it. The sequence before must have been forgotten."""
@@ -58,7 +58,7 @@ class Springtide:
     def __init__(self, engine: Engine, policy: str) -> None:
         self.engine = engine
         self.policy: str | None = policy
-        self.budget: int | None = getattr(engine.policy, "budget", None)
+        self.budget = engine.policy.named_budget
 
     def read(self, tokens: list[int]) -> int:
         return self._start(tokens, None)
@@ -91,7 +91,7 @@ def springtides(engine: Engine, policies: List[Policy]) -> list[Springtide]:
     return [Springtide(engine.using(policy), name) for policy, name in zip(policies, names, strict=True)]
 
 
-def title(contender: str | None, policy: str | None, budget: int | None) -> str:
+def title(contender: str | None, policy: str | None, budget: int | str | None) -> str:
     """A short name for a line of a table or a picture: a peer's own, or Springtide's policy with its budget."""
     if policy is None:
         return contender or ""

@@ -36,7 +36,7 @@ class Decode:
 
     contender: str
     policy: str | None
-    budget: int | None
+    budget: int | str | None
     context: int
     threads: int
     dtype: str

@@ -35,7 +35,7 @@ class Prefill:
 
     contender: str
     policy: str | None
-    budget: int | None
+    budget: int | str | None
     context: int
     threads: int
     dtype: str

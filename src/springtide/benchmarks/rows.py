@@ -23,7 +23,7 @@ class Rows:
     """Median time of a pass (forward and head) of ``rows`` rows after ``context`` tokens."""
 
     policy: str
-    budget: int | None
+    budget: int | str | None
     context: int
     rows: int
     threads: int
@@ -61,7 +61,7 @@ def rows(
     yield [
         Rows(
             policy=name,
-            budget=getattr(policy, "budget", None),
+            budget=policy.named_budget,
             context=context,
             rows=count,
             threads=torch.get_num_threads(),

@@ -8,7 +8,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from springtide.attention.calibration import VERSION
+from springtide.attention.tidal import paper
 from springtide.engine.engine import Engine
+from springtide.engine.spec import ModelSpec
 from springtide.errors import SpringtideError
 
 LONGEST = 2**20  # tokens that a random model may be made for
@@ -108,5 +111,5 @@ def random_engine(
                 weight.fill_(1.0)
             else:
                 weight.normal_(std=0.02, generator=generator)
-    layers = config.num_hidden_layers
-    return Engine(model, calibration={"tidal": {"full": [0, 1], "select": [2, round(13 / 32 * layers)]}})
+    calibration = {"version": VERSION, "tidal": paper(ModelSpec.of(config))}
+    return Engine(model, calibration=calibration)

@@ -79,9 +79,9 @@ class Lookup(Drafter):
     shortest: int = option(1, "tokens of the shortest n-gram that is looked up")
 
     def resolve(self, target: Target) -> Self:
-        at_least(self.most, 1, self.name, "most")
-        at_least(self.shortest, 1, self.name, "shortest")
-        at_least(self.longest, self.shortest, self.name, "longest")
+        at_least(self.most, 1, f"{self.name}: most")
+        at_least(self.shortest, 1, f"{self.name}: shortest")
+        at_least(self.longest, self.shortest, f"{self.name}: longest")
         return self
 
     def new_state(self) -> Index:

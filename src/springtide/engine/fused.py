@@ -52,9 +52,10 @@ class FusedLayer:
         return cls(layer, level)
 
     def takes(self, hidden: Tensor) -> bool:
-        """Whether ``hidden [R, hidden]`` can run here: not too many rows, and weights that are where they were."""
-        there = hidden.dtype == self.dtype and [x.data_ptr() for x in self.weights] == self.addresses
-        return there and len(hidden) <= self.most_rows
+        """Whether ``hidden [R, hidden]`` can run here: no gradients, not too many rows, weights in place."""
+        if hidden.requires_grad or hidden.dtype != self.dtype or len(hidden) > self.most_rows:
+            return False
+        return [x.data_ptr() for x in self.weights] == self.addresses
 
     def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[R, H, D]``, keys and values ``[H_kv, R, D]`` of the layer's input ``hidden [R, hidden]``."""

@@ -20,6 +20,7 @@ class ModelSpec:
     vocab_size: int
     context_limit: int
     hidden_size: int = 0
+    kv_heads: int = 0
     calibration: dict[str, Any] | None = None
 
     @classmethod
@@ -31,6 +32,7 @@ class ModelSpec:
             vocab_size=config.vocab_size,
             context_limit=config.max_position_embeddings,
             hidden_size=config.hidden_size,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             calibration=calibration,
         )
 

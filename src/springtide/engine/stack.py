@@ -107,11 +107,15 @@ class Stack:
     @torch.inference_mode()
     def head(self, normed: Tensor) -> Tensor:
         """Next-token logits ``[R, V]``, fp32 or wider, from what the LM head reads."""
+        return self.predict(normed)
+
+    def predict(self, normed: Tensor) -> Tensor:
+        """:meth:`head`, for gradients to flow through."""
         return scaled(self._head(normed), self.model.config)
 
     def _head(self, hidden: Tensor) -> Tensor:
         head = self.model.lm_head
-        level = native.of(hidden, head.weight) if type(head) is nn.Linear else None
+        level = native.of(hidden, head.weight) if type(head) is nn.Linear and not hidden.requires_grad else None
         if level is None or len(hidden) > native.most_rows(level, hidden.dtype):
             logits: Tensor = head(hidden)
             return logits

@@ -1,206 +1,540 @@
-"""Chooses TidalDecode's layers for a model and writes them beside it.
+"""Chooses TidalDecode's layers for a model, says how much they change its predictions, and writes them down.
 
-Two signals, both on text and on questions that need the context. How much attention mass each selection keeps for each
-later layer: dynamic programming turns it into candidate layouts. The KL divergence of a layout's predictions from dense
-ones: it chooses among the candidates, and then among the neighbours of the best one, as long as trials are left. Of the
-questions only the answers' numbers count: nothing but the context tells them, so they show what a layout cannot find.
+Three sets of prompts that share no fact and no question. On the first, gradients predict what every pair of a selecting
+and a reading layer changes (:mod:`springtide.evaluation.effects`), which gives candidate layouts for every number of
+dense layers. On the second the divergence of each candidate's predictions from dense ones is measured, and the best
+one taken. On the third, the divergence of that one is measured again, and this is the figure that can be trusted.
+
+Half of the prompts are contexts with facts and questions about them, of which only the numbers in the answers count:
+nothing but the context tells them, so they show what a layout cannot find. The other half is plain text. A number
+weighs as much as ``1 / TEXT_WEIGHT`` tokens of text.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+import statistics
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
-from springtide import kernels
-from springtide.attention.calibration import FILE
-from springtide.attention.layout import Layout, best_layouts, neighbours
-from springtide.attention.policy import Layer, Policy, dense
+from springtide.attention.calibration import FILE, VERSION
+from springtide.attention.layout import Layout, Prediction, extended, neighbours, rated, search
+from springtide.attention.policy import Policy
 from springtide.attention.tidal import Tidal
+from springtide.engine.cache import Cache
 from springtide.engine.engine import Engine
-from springtide.engine.rows import Segment
-from springtide.engine.sequence import Sequence as Running
 from springtide.errors import SpringtideError
-from springtide.evaluation.needle import Haystack, check_fit
+from springtide.evaluation.effects import Branches, Recording
+from springtide.evaluation.needle import DEPTHS, Haystack, check_fit
 from springtide.evaluation.report import write_json
+from springtide.files import replacing
 
 TEXT_ROWS = 128  # tokens at the end of a plain text that are decoded
-FACT_SPACING = 256  # tokens of context for each fact in it
-
-
-@dataclass(frozen=True)
-class Probe(Policy):
-    """Dense attention that measures, while decoding, how much of each layer's attention an earlier selection holds."""
-
-    name: ClassVar[str] = "probe"
-
-    tidal: Tidal = field(default_factory=Tidal)
-    sums: dict[tuple[int, int], float] = field(default_factory=dict, compare=False)
-    rows: dict[int, int] = field(default_factory=dict, compare=False)
-    _selected: dict[int, Tensor] = field(default_factory=dict, compare=False)
-
-    def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
-        if segment.decoding and layer.window is None:
-            self._measure(layer, q, segment)
-        return dense(layer, q, segment)
-
-    def _measure(self, layer: Layer, q: Tensor, segment: Segment) -> None:
-        keys, _ = segment.cache.read(layer.index, 0, segment.length)
-        logits = kernels.scores(q, keys, layer.scale, layer.softcap)
-        mask = segment.seen().mask
-        if mask is not None:
-            logits = logits.masked_fill(~mask[:, None, None, :], -torch.inf)
-        probs = logits.softmax(-1)
-        for earlier, index in self._selected.items():
-            if earlier < layer.index:
-                wide = index[:, :, None, :].expand(-1, -1, probs.shape[2], -1)
-                held = probs.gather(3, wide).sum(-1).mean((1, 2)).sum().item()
-                self.sums[earlier, layer.index] = self.sums.get((earlier, layer.index), 0.0) + held
-        self._selected[layer.index] = self.tidal.best(layer, q, segment)
-        self.rows[layer.index] = self.rows.get(layer.index, 0) + segment.rows
-
-    def kept(self, layers: Sequence[int]) -> list[list[float]]:
-        """Mean share of attention mass ``[selecting layer][reading layer]``; 0 where none was measured."""
-        return [[self.sums.get((s, r), 0.0) / max(1, self.rows.get(r, 0)) for r in layers] for s in layers]
+TEXT_WEIGHT = 0.5  # of the mean over plain texts, beside the mean over questions
+JOINT = (0.0, 0.5, 1.0)  # how much sparse layers' effects are taken to add up, see Prediction
+STARTS = 4  # layouts that the search starts from
+SHARES = (1 / 10, 2 / 15, 1 / 5, 1 / 3, 1 / 2)  # of layers that are dense, along the curve
+BUDGETS = (0.5, 1, 2)  # times the budget, along the curve
+PARTIAL = "springtide.partial"
+TIMED = 5  # tokens whose median time is taken
 
 
 @dataclass(frozen=True)
 class Passage:
-    """``tokens[:prefill]`` are read densely, which ``reader`` has done; the rest is decoded.
+    """What goes on from a context, which ``cache`` holds; ``dense [counted, V]``: dense log-probabilities."""
 
-    ``counted [n]`` says which decoded tokens count; ``dense [m, V]`` holds the dense log-probabilities for those.
-    """
-
-    tokens: list[int]
-    prefill: int
-    reader: Running
-    counted: Tensor
+    cache: Cache
+    rows: Branches
     dense: Tensor
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Divergence from dense predictions, nats a token: of each question's number, and of each plain text.
+
+    ``exact`` of the ``questions`` are answered rightly, ``dense_exact`` by dense attention.
+    """
+
+    questions: list[float]
+    texts: list[float]
+    exact: int
+    dense_exact: int
+
+    @property
+    def loss(self) -> float:
+        """What layouts are compared by."""
+        return statistics.fmean(self.questions) + TEXT_WEIGHT * statistics.fmean(self.texts)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place on the curve: a layout's cost and quality. ``kl_*``: nats a token."""
+
+    dense_layers: int
+    full: tuple[int, ...]
+    select: tuple[int, ...]
+    budget: int
+    kl_questions: float
+    kl_text: float
+    kv_bytes: int
+    predicted_ms: float
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """The layout chosen, all that were measured with their divergences (nats a token), and what every layer keeps."""
+    """The layout chosen; the divergences that chose it, best first; the trusted ones; the curve; the learnt map."""
 
     layout: Layout
-    divergence: float
-    measured: list[tuple[Layout, float]]
-    layers: list[int]
-    kept: list[list[float]]
+    tried: list[tuple[Layout, Measured]]
+    fresh: Measured
+    head_map: dict[int, list[int]]
+    mapped: Measured
+    curve: list[Point]
+    cost: Cost
+    budget: int
+    length: int
 
-    def as_json(self, tidal: Tidal, length: int) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The content of ``springtide.json``."""
         return {
+            "version": VERSION,
             "tidal": {
                 "full": list(self.layout.full),
                 "select": list(self.layout.select),
-                "budget": tidal.budget,
-                "length": length,
-                "attention_mass_lost": round(self.layout.lost, 4),
-                "kl_to_dense": round(self.divergence, 5),
-            }
+                "map": {str(layer): sets for layer, sets in self.head_map.items()},
+                "budget": self.budget,
+                "length": self.length,
+                **self.trust(),
+            },
+        }
+
+    def said(self) -> str:
+        """One sentence on how far to trust the layout."""
+        x = self.trust()
+        mapped = statistics.fmean(self.mapped.questions), statistics.fmean(self.mapped.texts)
+        return (
+            f"On fresh prompts, {len(self.layout.full) + len(self.layout.select)} dense layers and a budget of "
+            f"{self.budget} of {self.length} tokens: answers diverge by {x['kl_questions']:.4f} ± "
+            f"{x['kl_questions_se']:.4f} nats a token, text by {x['kl_text']:.4f} ± {x['kl_text_se']:.4f}; "
+            f"{x['exact_match']:.0%} of {x['questions']} answers are right, {x['exact_match_dense']:.0%} under dense "
+            f"attention. With heads=map: {mapped[0]:.4f} and {mapped[1]:.4f}. "
+            + self.cost.said(self.layout, self.budget)
+        )
+
+    def trust(self) -> dict[str, Any]:
+        """Divergences on fresh prompts with their standard errors, and answers that are right, dense beside."""
+        found: dict[str, Any] = {}
+        for name, values in (("questions", self.fresh.questions), ("text", self.fresh.texts)):
+            found[f"kl_{name}"] = round(statistics.fmean(values), 5)
+            found[f"kl_{name}_se"] = round(standard_error(values), 5)
+        count = len(self.fresh.questions)
+        return found | {
+            "questions": count,
+            "exact_match": round(self.fresh.exact / count, 4),
+            "exact_match_dense": round(self.fresh.dense_exact / count, 4),
         }
 
 
-def calibrate(
-    engine: Engine, text: str, *, dense_layers: int, tidal: Tidal, length: int, prompts: int, trials: int
-) -> Iterator[Calibration | None]:
-    """Choose ``dense_layers`` full and selecting layers for ``tidal``'s budget at contexts of ``length`` tokens.
+@dataclass(frozen=True)
+class Wish:
+    """What calibration is asked for.
 
-    Yields None after every step, for progress, and the result last. Raises SpringtideError for a text too short or
-    a number of layers that the model does not have.
+    Attributes:
+        tidal: options of the policy, its budget among them; layers are what is looked for.
+        length: context length in tokens.
+        dense_layers: full and selecting layers together (None: a third, unless ``target_kl`` says).
+        target_kl: take the fewest dense layers whose questions diverge by at most so many nats a token.
+        prompts: contexts with questions in each of the three sets, and as many plain texts.
+        trials: layouts that are measured for the number of dense layers that is taken.
+        chat: questions are asked in the model's chat template.
     """
-    layers = engine.stack.spec.global_layers
-    if len(layers) < 2:
-        raise SpringtideError(
-            f"The model has {len(layers)} layers without a sliding window, but 2 are needed; use the dense policy."
-        )
-    if not 1 <= dense_layers < len(layers):
-        raise SpringtideError(
-            f"{dense_layers} dense layers were asked for, but the model has {len(layers)} layers without a sliding "
-            f"window; choose 1 to {len(layers) - 1}."
-        )
-    if not 1 <= tidal.budget < length:
-        raise SpringtideError(f"The budget is {tidal.budget}, but must be at least 1 and below the length, {length}.")
-    probe = Probe(tidal=tidal)
-    passages = []
-    for tokens, prefill, counted in list(_texts(engine, text, length, prompts)):
-        passages.append(_passage(engine, probe, tokens, prefill, torch.tensor(counted)))
+
+    tidal: Tidal
+    length: int = 2048
+    dense_layers: int | None = None
+    target_kl: float | None = None
+    prompts: int = 3
+    trials: int = 12
+    chat: bool = False
+
+    def check(self, engine: Engine) -> None:
+        """Raise SpringtideError for what the model cannot do."""
+        count = len(engine.stack.spec.global_layers)
+        if count < 2:
+            raise SpringtideError(
+                f"The model has {count} layers without a sliding window, but 2 are needed; use the dense policy."
+            )
+        if self.dense_layers is not None and self.target_kl is not None:
+            raise SpringtideError("Give either --dense-layers or --target-kl, not both.")
+        if self.dense_layers is not None and not 1 <= self.dense_layers < count:
+            raise SpringtideError(
+                f"{self.dense_layers} dense layers were asked for, but the model has {count} layers without a sliding "
+                f"window; choose 1 to {count - 1}."
+            )
+        if self.target_kl is not None and not self.target_kl > 0:
+            raise SpringtideError(f"--target-kl is {self.target_kl}, but it must be above 0.")
+        if not 1 <= self.tidal.budget_at(self.length) < self.length:
+            raise SpringtideError(
+                f"The budget is {self.tidal.named_budget}, but must be at least 1 and below the length, {self.length}."
+            )
+        if self.length <= TEXT_ROWS:
+            raise SpringtideError(f"A length of {self.length} is too short to calibrate at; use more than {TEXT_ROWS}.")
+
+
+@dataclass
+class Partial:
+    """What was measured so far, kept in a file so that an interrupted calibration goes on."""
+
+    path: Path | None
+    key: str
+    effects: dict[int, Tensor] = field(default_factory=dict)
+    measured: dict[tuple[Any, ...], Measured] = field(default_factory=dict)
+
+    @classmethod
+    def at(cls, path: Path | None, key: str) -> Partial:
+        """What the file holds of a calibration of the same model with the same options, if it does."""
+        fresh = cls(path, key)
+        if path is None or not path.is_file():
+            return fresh
+        try:
+            found = torch.load(path, weights_only=True)
+            if found["key"] != key:
+                return fresh
+            measured = {name: Measured(*values) for name, values in found["measured"].items()}
+            return cls(path, key, found["effects"], measured)
+        except Exception:  # the file may hold anything; it is measured again
+            return fresh
+
+    def save(self) -> None:
+        """Keep everything, whole or not at all."""
+        if self.path is not None:
+            measured = {name: tuple(asdict(value).values()) for name, value in self.measured.items()}
+            with replacing(self.path) as temporary:
+                torch.save({"key": self.key, "effects": self.effects, "measured": measured}, temporary)
+
+    def forget(self) -> None:
+        """Remove the file."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+class Calibrator:
+    """Measures effects and divergences of one model on prompts that are read when they are needed."""
+
+    def __init__(self, engine: Engine, text: str, wish: Wish, partial: Path | None = None) -> None:
+        wish.check(engine)
+        self.engine, self.wish = engine.using(Policy()), wish
+        self.haystack = Haystack(engine.tokenizer, text, seed=1, chat=wish.chat)
+        self.layers = engine.stack.spec.global_layers
+        self.budget = wish.tidal.budget_at(wish.length)
+        self.tidal = replace(wish.tidal, budget=self.budget)
+        model = (engine.stack.fingerprint, len(self.layers), engine.stack.model.dtype)
+        read = hashlib.sha256(text.encode()).hexdigest()
+        self.key = repr((*model, wish.length, wish.prompts, wish.chat, self.tidal, read))
+        self.partial = Partial.at(partial, self.key)
+        self._passages: dict[int, Passage] = {}
+        if len(self.haystack.book) < wish.length:
+            raise SpringtideError(
+                f"The text has {len(self.haystack.book)} tokens, but the length is {wish.length}; "
+                "give a longer text or a shorter length."
+            )
+        check_fit(engine, wish.length, wish.length + 1)
+        self._questions(0)
+
+    def prompts(self, which: int) -> range:
+        """Numbers of the passages of a set: 0 for effects, 1 to choose by, 2 to trust; half of them plain text."""
+        count = 2 * self.wish.prompts
+        return range(which * count, (which + 1) * count)
+
+    def passage(self, number: int) -> Passage:
+        """Read a passage's context: of even number with questions, of odd number plain text."""
+        if number not in self._passages:
+            context, texts = self._text(number // 2) if number % 2 else self._questions(number // 2)
+            rows = Branches.of(texts)
+            cache = self.engine.read(context).cache
+            self._passages[number] = Passage(cache, rows, self._predict(self.engine, cache, rows))
+        return self._passages[number]
+
+    def effects(self, number: int) -> Tensor:
+        """Effects on a passage of all pairs of layers, ``[N, selecting, reading]``, squares adding up to nats."""
+        if number not in self.partial.effects:
+            self.partial.effects[number] = self.recording(number).effects().sum(-1)
+            self.partial.save()
+        return self.partial.effects[number]
+
+    def recording(self, number: int, heads: Literal["all", "kv"] | None = None) -> Recording:
+        """Gradients on a passage, and selections as the policy makes them, or for ``heads``."""
+        passage = self.passage(number)
+        draws = torch.Generator().manual_seed(number)
+        tidal = self.tidal if heads is None else replace(self.tidal, heads=heads)
+        return Recording.of(self.engine.stack, passage.cache, passage.rows, tidal, draws)
+
+    def weights(self) -> list[float]:
+        """What the effects of each passage of set 0 are multiplied with, so that squares sum up to the loss."""
+        kinds = (1 / self.wish.prompts, TEXT_WEIGHT / self.wish.prompts)
+        return [math.sqrt(kinds[number % 2]) for number in self.prompts(0)]
+
+    def measured(self, tidal: Tidal, which: int) -> Measured:
+        """Divergences under ``tidal``, resolved, on a set of passages."""
+        name = (tidal.full, tidal.selecting, tidal.budget, tidal.heads, which)
+        if name not in self.partial.measured:
+            kls: tuple[list[float], list[float]] = ([], [])
+            exact = dense_exact = 0
+            under = self.engine.using(tidal)
+            for number in self.prompts(which):
+                passage = self.passage(number)
+                rows = passage.rows
+                found = self._predict(under, passage.cache, rows)
+                kl = kl_div(found, passage.dense, log_target=True, reduction="none").sum(-1)
+                chain = rows.chain[rows.counted]
+                for text in range(int(chain.max()) + 1):
+                    kls[number % 2].append(float(kl[chain == text].mean()))
+                    if number % 2 == 0:
+                        answers = rows.answers[chain == text]
+                        exact += bool((found[chain == text].argmax(-1).cpu() == answers).all())
+                        dense_exact += bool((passage.dense[chain == text].argmax(-1).cpu() == answers).all())
+            self.partial.measured[name] = Measured(*kls, exact, dense_exact)
+            self.partial.save()
+        return self.partial.measured[name]
+
+    def policy(self, layout: Layout, head_map: dict[int, list[int]] | None = None, scale: float = 1) -> Tidal:
+        """The policy of a layout, resolved, with so many times the budget."""
+        budget = max(1, min(self.wish.length - 1, round(scale * self.budget)))
+        tidal = replace(self.tidal, budget=budget, **layout.options)
+        if head_map is not None:
+            tidal = replace(tidal, heads="map", map=tuple((layer, tuple(sets)) for layer, sets in head_map.items()))
+        return tidal.resolve(self.engine.stack.spec)
+
+    def cost(self, layout: Layout) -> Cost:
+        """Times a token after a context, all layers dense and with the layout, and draws a line through them."""
+        passage = self.passage(self.prompts(2)[1])
+        token = sum(x.nbytes for x in passage.cache.read(self.layers[0], 0, 1))
+        windows = tuple(window for window in self.engine.stack.spec.windows if window is not None)
+        untimed = Cost(len(self.layers), self.wish.length, token * self.wish.length, windows)
+        rows = Branches.of([([passage.rows.tokens[0]] * 2, 1)])
+        times: list[list[float]] = []
+        for policy in (Policy(), self.policy(layout)):
+            under = self.engine.using(policy)
+            times.append([])
+            for _ in range(TIMED):
+                start = time.perf_counter()
+                self._predict(under, passage.cache, rows).argmax(-1).tolist()
+                times[-1].append(1e3 * (time.perf_counter() - start))
+        dense, sparse = (statistics.median(own[1:]) for own in times)
+        saved = len(self.layers) * untimed.layer_bytes - untimed.bytes_of(layout, self.budget)
+        return replace(untimed, dense_ms=dense, ms_per_byte=max(0.0, dense - sparse) / saved if saved > 0 else 0.0)
+
+    def _predict(self, engine: Engine, cache: Cache, rows: Branches) -> Tensor:
+        """Log-probabilities ``[counted, V]`` under the engine's policy; the cache's committed rows stay as they are."""
+        stack = engine.stack
+        segment = rows.segment(cache, engine.policy.new_state(cache.length), stack.device)
+        return stack.logits(stack.forward([segment], engine.policy)[rows.counted.to(stack.device)]).log_softmax(-1)
+
+    def _questions(self, number: int) -> tuple[list[int], list[tuple[list[int], int]]]:
+        """A context with facts, and its questions with their answers, of which the numbers are to be predicted."""
+        trial = self.haystack.trial(self.wish.length, number, DEPTHS)
+        return trial.context, [
+            (question.tokens + question.answer, len(question.answer)) for question in trial.questions
+        ]
+
+    def _text(self, number: int) -> tuple[list[int], list[tuple[list[int], int]]]:
+        """A stretch of plain text, the end of which is to be predicted."""
+        book, length = self.haystack.book, self.wish.length
+        start = round(number * (len(book) - length) / max(1, 3 * self.wish.prompts - 1))
+        window = self.engine.encode("") + book[start : start + length]
+        end = len(window) - TEXT_ROWS
+        return window[:end], [(window[end:], TEXT_ROWS - 1)]
+
+
+def calibrate(engine: Engine, text: str, wish: Wish, partial: Path | None = None) -> Iterator[Calibration | None]:
+    """Choose full and selecting layers, see the module; ``partial`` is a file to go on from.
+
+    Yields None after every step, for progress, and the result last. Raises SpringtideError, before any work, for a text
+    too short or for what the model does not have.
+    """
+    calibrator = Calibrator(engine, text, wish, partial)
+    layers = calibrator.layers
+    effects = []
+    for number, weight in zip(calibrator.prompts(0), calibrator.weights(), strict=True):
+        effects.append(calibrator.effects(number) * weight)
         yield None
-    kept = probe.kept(layers)
-    measured: dict[Layout, float] = {}
-    for layout in search(kept, layers, dense_layers, trials, measured):
-        measured[layout] = divergence(engine, replace(tidal, **layout.options), passages)
+    predictions = [Prediction(torch.cat(effects), joint) for joint in JOINT]
+    tried: dict[int, dict[Layout, Measured]] = {}
+    best: Layout | None = None
+    for dense in ladder(len(layers), wish.dense_layers):
+        searched = [search(loss, layers, dense, STARTS)[0] for loss in predictions]
+        candidates = {rated(layout, predictions[1], layers) for layout in searched}
+        if best is not None and (more := extended(best, predictions[1], layers, dense)) is not None:
+            candidates.add(more)
+        tried[dense] = {}
+        for layout in sorted(candidates):
+            tried[dense][layout] = calibrator.measured(calibrator.policy(layout), 1)
+            yield None
+        best = _best(tried[dense])
+    dense = _number(wish, tried, len(layers))
+    while len(tried[dense]) < wish.trials:
+        near = [x for x in neighbours(_best(tried[dense]), predictions[1], layers) if x not in tried[dense]]
+        if not near:
+            break
+        tried[dense][near[0]] = calibrator.measured(calibrator.policy(near[0]), 1)
         yield None
-    ranked = sorted(measured.items(), key=lambda pair: pair[1])
-    yield Calibration(*ranked[0], ranked, list(layers), kept)
+    layout = _best(tried[dense])
+    learner = MapLearner(layout, layers)
+    for number, weight in zip(calibrator.prompts(0), calibrator.weights(), strict=True):
+        learner.add(calibrator.recording(number, "kv"), weight)
+        yield None
+    head_map = learner.learn()
+    fresh, mapped = (calibrator.measured(calibrator.policy(layout, m), 2) for m in (None, head_map))
+    yield None
+    curve = []
+    cost = calibrator.cost(layout)
+    for number, found in tried.items():
+        chosen = _best(found)
+        for scale in BUDGETS:
+            policy = calibrator.policy(chosen, scale=scale)
+            curve.append(_point(number, chosen, policy.budget_at(wish.length), calibrator.measured(policy, 1), cost))
+            yield None
+    calibrator.partial.forget()
+    ranked = sorted(tried[dense].items(), key=lambda pair: pair[1].loss)
+    yield Calibration(layout, ranked, fresh, head_map, mapped, curve, cost, calibrator.budget, wish.length)
 
 
-def search(
-    kept: list[list[float]], layers: Sequence[int], dense_layers: int, trials: int, measured: dict[Layout, float]
-) -> Iterator[Layout]:
-    """Layouts worth measuring, ``trials`` at most; the caller adds each one's divergence to ``measured``.
+def brief(engine: Engine, text: str, wish: Wish) -> Iterator[dict[str, Any] | None]:
+    """Layers by the gradients of ``wish.prompts`` prompts alone, none of them tried: the content of the file.
 
-    First those that lose least attention mass, then neighbours of the best one measured so far, again in that order.
+    Yields None twice for every prompt, for progress, and the result last.
     """
-    yield from best_layouts(kept, layers, dense_layers, max(1, trials // 2))
-    while len(measured) < trials:
-        best = min(measured, key=lambda layout: measured[layout])
-        fresh = [layout for layout in neighbours(best, kept, layers) if layout not in measured]
-        if not fresh:
-            return
-        yield min(fresh)
+    calibrator = Calibrator(engine, text, wish)
+    effects = []
+    for number, weight in zip(calibrator.prompts(0), calibrator.weights(), strict=True):
+        calibrator.passage(number)
+        yield None
+        effects.append(calibrator.effects(number) * weight)
+        yield None
+    layers = calibrator.layers
+    layout = search(Prediction(torch.cat(effects), JOINT[1]), layers, a_third(len(layers)), STARTS)[0]
+    chosen = {"full": list(layout.full), "select": list(layout.select)}
+    yield {"version": VERSION, "tidal": {**chosen, "budget": calibrator.budget, "length": wish.length}}
 
 
-def divergence(engine: Engine, policy: Tidal, passages: Sequence[Passage]) -> float:
-    """Mean KL divergence, in nats, of the policy's predictions from dense ones; every passage weighs the same."""
-    under = engine.using(policy)
-    found = []
-    for passage in passages:
-        logits = torch.cat(list(under.predictions(passage.tokens, passage.prefill, passage.reader)))
-        rows = logits[passage.counted].log_softmax(-1)
-        found.append(torch.nn.functional.kl_div(rows, passage.dense, log_target=True, reduction="sum") / len(rows))
-    return float(torch.stack(found).mean())
+def a_third(layers: int) -> int:
+    """How many of the layers are dense where nothing else is said."""
+    return max(1, round(layers / 3))
 
 
-def _passage(engine: Engine, probe: Probe, tokens: list[int], prefill: int, counted: Tensor) -> Passage:
-    reader = engine.read(tokens[:prefill])
-    logits = torch.cat(list(engine.using(probe).predictions(tokens, prefill, reader)))
-    return Passage(tokens, prefill, reader, counted, logits[counted].log_softmax(-1))
+def ladder(layers: int, wanted: int | None) -> list[int]:
+    """Numbers of dense layers along the curve, ``wanted`` or the default among them."""
+    numbers = {max(1, round(share * layers)) for share in SHARES} | {wanted or a_third(layers)}
+    return sorted(number for number in numbers if number < layers)
 
 
-def _texts(engine: Engine, text: str, length: int, prompts: int) -> Iterator[tuple[list[int], int, list[bool]]]:
-    """For each prompt a context with questions and their answers, and a window of plain text.
-
-    Each with its prefill, and with which of the tokens after that count.
-    """
-    haystack = Haystack(engine.tokenizer, text, seed=1)
-    if length <= TEXT_ROWS:
-        raise SpringtideError(f"A length of {length} is too short to calibrate at; use more than {TEXT_ROWS}.")
-    if len(haystack.book) < length:
-        raise SpringtideError(
-            f"The text has {len(haystack.book)} tokens, but the length is {length}; "
-            "give a longer text or a shorter length."
-        )
-    facts = max(1, length // FACT_SPACING)
-    for number in range(prompts):
-        trial = haystack.trial(length, number, depths=[(i + 0.5) / facts for i in range(facts)])
-        asked, numbers = haystack.asked(trial)
-        tokens = trial.context + asked
-        check_fit(engine, length, len(tokens) + 1)
-        yield tokens, len(trial.context), numbers
-        start = round(number * (len(haystack.book) - length) / max(1, prompts - 1))
-        window = haystack.opening + haystack.book[start : start + length]
-        yield window, len(window) - TEXT_ROWS, [True] * TEXT_ROWS
-
-
-def steps(prompts: int, trials: int) -> int:
+def steps(engine: Engine, wish: Wish) -> int:
     """How many steps :func:`calibrate` takes at most."""
-    return 2 * prompts + trials
+    points = len(ladder(len(engine.stack.spec.global_layers), wish.dense_layers))
+    return 4 * wish.prompts + points * (1 + len(JOINT) + len(BUDGETS)) + wish.trials + 1
+
+
+def _number(wish: Wish, tried: dict[int, dict[Layout, Measured]], layers: int) -> int:
+    """The number of dense layers to take."""
+    if wish.target_kl is None:
+        return wish.dense_layers or a_third(layers)
+    for number, found in tried.items():
+        if statistics.fmean(found[_best(found)].questions) <= wish.target_kl:
+            return number
+    return max(tried)
+
+
+def _best(found: dict[Layout, Measured]) -> Layout:
+    return min(found, key=lambda layout: found[layout].loss)
+
+
+class MapLearner:
+    """Learns which set of the last selecting layer each KV head of a sparse layer reads to lose least."""
+
+    def __init__(self, layout: Layout, layers: Sequence[int]) -> None:
+        dense = {*layout.full, *layout.select}
+        sparse = [layer for layer in layers if layer not in dense]
+        self.pairs = [(max(s for s in layout.select if s < layer), layer) for layer in sparse]
+        self.parts: list[list[Tensor]] = [[] for _ in self.pairs]
+
+    def add(self, recording: Recording, weight: float) -> None:
+        """Take in the effects on a passage."""
+        for part, pair in zip(self.parts, self.pairs, strict=True):
+            part.append(recording.by_set(*pair) * weight)
+
+    def learn(self) -> dict[int, list[int]]:
+        """``{sparse layer: a KV head of the selecting layer for each of its own}``: one head after the other, twice."""
+        effects = [torch.cat(part) for part in self.parts]  # [N, set, head] of each pair
+        heads = range(effects[0].shape[2])
+        found = [list(heads) for _ in effects]
+        total = sum((own[:, head, head] for own in effects for head in heads), torch.zeros(len(effects[0])))
+        for _ in range(2):
+            for own, chosen in zip(effects, found, strict=True):
+                for head in heads:
+                    rest = total - own[:, chosen[head], head]
+                    loss = (rest[:, None] + own[:, :, head]).square().sum(0) + own[:, :, head].square().sum(0)
+                    chosen[head] = int(loss.argmin())
+                    total = rest + own[:, chosen[head], head]
+        return {layer: chosen for (_, layer), chosen in zip(self.pairs, found, strict=True)}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What decoding a token costs at the calibrated length.
+
+    A layer that sees everything has ``layer_bytes`` of keys and values there, and there are ``layers`` of them; the
+    others see ``windows`` tokens. ``dense_ms`` were measured with all layers dense, and a byte less takes
+    ``ms_per_byte`` less.
+    """
+
+    layers: int
+    length: int
+    layer_bytes: int
+    windows: tuple[int, ...]
+    dense_ms: float = 0.0
+    ms_per_byte: float = 0.0
+
+    def said(self, layout: Layout, budget: int) -> str:
+        """One sentence on what a layout saves."""
+        sliding = sum(self.layer_bytes * min(window, self.length) / self.length for window in self.windows)
+        read, dense = (x + sliding for x in (self.bytes_of(layout, budget), self.layers * self.layer_bytes))
+        start = "A"
+        if self.windows:
+            start = (
+                f"{len(self.windows)} of the {self.layers + len(self.windows)} layers see {max(self.windows)} tokens "
+                "at most and take no part, so little is gained unless the context is much longer than that: a"
+            )
+        return f"{start} token reads {read / 1e6:.2f} MB of the cache instead of {dense / 1e6:.2f} MB."
+
+    def bytes_of(self, layout: Layout, budget: int) -> int:
+        """Of the cache: dense layers' keys and values, selecting layers' keys once more, and what is selected."""
+        dense = len(layout.full) + len(layout.select)
+        whole = dense + len(layout.select) / 2
+        return round(self.layer_bytes * (whole + (self.layers - dense) * budget / self.length))
+
+    def ms_of(self, layout: Layout, budget: int) -> float:
+        """Predicted milliseconds a token."""
+        return self.dense_ms - self.ms_per_byte * (self.layers * self.layer_bytes - self.bytes_of(layout, budget))
+
+
+def _point(dense: int, layout: Layout, budget: int, found: Measured, cost: Cost) -> Point:
+    kls = statistics.fmean(found.questions), statistics.fmean(found.texts)
+    return Point(
+        dense, layout.full, layout.select, budget, *kls, cost.bytes_of(layout, budget), cost.ms_of(layout, budget)
+    )
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; 0 for one value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def write(calibration: dict[str, Any], folder: Path) -> Path:

@@ -70,7 +70,7 @@ class Drafts:
 
     draft: str
     policy: str
-    budget: int | None
+    budget: int | str | None
     temperature: float
     text: Text
     prompts: int
@@ -299,7 +299,7 @@ def _result(
     return Drafts(
         draft=contender.draft,
         policy=policy,
-        budget=getattr(contender.plain.policy, "budget", None),
+        budget=contender.plain.policy.named_budget,
         temperature=temperature,
         text=text,
         prompts=own.prompts,

@@ -71,8 +71,9 @@ def perplexity(
         ratio = kl = curve = None
         if dense is not None:
             ratio, kl, curve = values[i] / values[dense], divergences[..., i].mean().item(), _curve(divergences[..., i])
-        budget = getattr(policy, "budget", None)
-        results.append(Perplexity(name, budget, windows * (length - half), values[i], ratio, kl, curve))
+        results.append(
+            Perplexity(name, policy.budget_at(length), windows * (length - half), values[i], ratio, kl, curve)
+        )
     yield results
 
 

@@ -23,21 +23,26 @@ from springtide.evaluation.report import labels
 
 @dataclass(frozen=True)
 class LayerRecall:
-    """``mass``: attention mass held, mean over rows and heads. ``top_k``: share of the true top-budget tokens read."""
+    """``mass``: attention mass held, mean over rows and heads. ``top_k``: share of the true top-budget tokens read.
+
+    ``mass_by_head``: the mass of each KV head, ``worst_head_mass`` the least of them.
+    """
 
     policy: str
     budget: int | None
     layer: int
     mass: float
     top_k: float
+    worst_head_mass: float
+    mass_by_head: list[float]
 
 
 @dataclass
 class Meter:
-    """Sums over rows for each layer."""
+    """Sums over rows for each layer; ``mass`` is fp64 ``[H_kv]``."""
 
     rows: dict[int, int] = field(default_factory=dict)
-    mass: dict[int, float] = field(default_factory=dict)
+    mass: dict[int, Tensor] = field(default_factory=dict)
     top_k: dict[int, float] = field(default_factory=dict)
 
     def __call__(self, layer: Layer, q: Tensor, segment: Segment, index: Tensor, valid: Tensor) -> None:
@@ -52,7 +57,7 @@ class Meter:
         best = probs.topk(index.shape[2], dim=-1).indices
         at = layer.index
         self.rows[at] = self.rows.get(at, 0) + len(q)
-        self.mass[at] = self.mass.get(at, 0.0) + (probs * read).sum(-1).mean(1).sum().item()
+        self.mass[at] = self.mass.get(at, 0) + (probs * read).sum(-1).double().sum(0)
         self.top_k[at] = self.top_k.get(at, 0.0) + read.gather(2, best).mean((1, 2)).sum().item()
 
 
@@ -65,7 +70,7 @@ def recall(
     selection and has no rows. Raises SpringtideError if no policy would have any, or for a length that the text or the
     model does not have.
     """
-    if all(getattr(policy, "budget", length) >= length for policy in policies):
+    if all((policy.budget_at(length) or length) >= length for policy in policies):
         raise SpringtideError(
             f"Every policy reads the whole context of {length} tokens; measure one with a budget below that."
         )
@@ -82,7 +87,21 @@ def recall(
             list(under.predictions(trial.context + asked, len(trial.context), reader, meter=meter))
         yield None
     yield [
-        LayerRecall(name, getattr(policy, "budget", None), layer, meter.mass[layer] / rows, meter.top_k[layer] / rows)
+        _layer(name, policy.budget_at(length), layer, meter)
         for name, policy, meter in zip(labels(policies), policies, meters, strict=True)
-        for layer, rows in sorted(meter.rows.items())
+        for layer in sorted(meter.rows)
     ]
+
+
+def _layer(policy: str, budget: int | None, layer: int, meter: Meter) -> LayerRecall:
+    rows = meter.rows[layer]
+    heads = meter.mass[layer] / rows
+    return LayerRecall(
+        policy,
+        budget,
+        layer,
+        mass=heads.mean().item(),
+        top_k=meter.top_k[layer] / rows,
+        worst_head_mass=heads.min().item(),
+        mass_by_head=heads.tolist(),
+    )

@@ -41,7 +41,7 @@ def labels(policies: Sequence[Policy]) -> list[str]:
     names = []
     for policy in policies:
         alike = [other for other in policies if other.name == policy.name]
-        options = [field.name for field in fields(policy) if field.name != "budget"]
+        options = [field.name for field in fields(policy) if field.name not in ("budget", "map")]
         varied = [name for name in options if len({getattr(other, name) for other in alike}) > 1]
         text = ",".join(f"{name}={_option(getattr(policy, name))}" for name in varied)
         names.append(f"{policy.name}:{text}" if text else policy.name)
@@ -115,18 +115,28 @@ def plot_lines(
     _save(figure, path)
 
 
-def plot_heat(path: Path, kept: Sequence[Sequence[float]], layers: Sequence[int], select: Sequence[int]) -> None:
-    """A heat map of the attention mass that each selecting layer keeps for each later one; chosen rows are marked."""
+def plot_curve(path: Path, points: Sequence[Any]) -> None:
+    """Divergence of answers and of text (solid, dashed) over dense layers, and over milliseconds, a line a budget.
+
+    ``points`` are :class:`springtide.evaluation.calibrate.Point`.
+    """
     pyplot = _pyplot()
-    size = 1.5 + 0.32 * len(layers)
-    figure, axes = pyplot.subplots(figsize=(size + 1.2, size))
-    shown = [[value if j > i else float("nan") for j, value in enumerate(row)] for i, row in enumerate(kept)]
-    image = axes.imshow(shown, vmin=0, vmax=1, cmap="viridis")
-    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-    axes.set_yticks(range(len(layers)), [f"{'> ' if layer in select else ''}{layer}" for layer in layers])
-    axes.set_xlabel("layer that reads")
-    axes.set_ylabel("layer that selects (> chosen)")
-    figure.colorbar(image, label="attention mass kept", fraction=0.046)
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for number, budget in enumerate(sorted({point.budget for point in points})):
+        own = [point for point in points if point.budget == budget]
+        for axis, x in zip(panels, ("dense_layers", "predicted_ms"), strict=True):
+            line = sorted(own, key=lambda point: getattr(point, x))
+            for kind, style in (("kl_questions", "-"), ("kl_text", "--")):
+                label = f"{kind[3:]}, budget {budget}" if axis is panels[0] else None
+                xs, ys = [getattr(point, x) for point in line], [getattr(point, kind) for point in line]
+                axis.plot(xs, ys, style, marker="o", color=f"C{number}", label=label)
+    panels[0].set_xlabel("dense layers")
+    panels[1].set_xlabel("predicted ms a token")
+    panels[0].set_ylabel("KL to dense (nats a token)")
+    panels[0].set_yscale("log")
+    for axis in panels:
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
     _save(figure, path)
 
 

@@ -17,7 +17,7 @@ from springtide.drafting.drafter import Drafter
 from springtide.engine.engine import Engine
 from springtide.engine.sampling import Sampling
 from springtide.errors import SpringtideError
-from springtide.loading import calibration_of, drafting
+from springtide.loading import calibration_of, drafting, under
 
 # What the engine does to logits itself, in its order: transformers' name, its attribute, and the engine's option.
 PROCESSORS = {
@@ -70,7 +70,7 @@ def hf_generate(
         raise SpringtideError(f"A streamer takes one sequence, but there are {len(input_ids)}; leave it out.")
     training = model.training
     try:
-        engine = Engine(model, policy=policy, calibration=calibration_of(model))
+        engine = under(Engine(model, calibration=calibration_of(model)), policy)
         if draft is not None:
             engine = drafting(engine, draft)
         engine.eos = _eos(generation_config)

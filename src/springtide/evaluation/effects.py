@@ -1,0 +1,189 @@
+"""What reading a selection instead of everything does to a model's predictions, for all pairs of layers at once.
+
+A sparse layer's attention output is off by some ``delta``. With ``g`` the gradient, with respect to that output, of the
+log-probability of a token drawn from the model's own predictions, the divergence of the predictions is to second order
+``KL = E[(sum over sparse layers of g . delta)^2] / 2`` (the Fisher information along ``delta``). The gradients are
+those of a dense pass. ``g . delta`` of every pair of a selecting and a reading layer, the *effects*, then predict the
+divergence of every layout without running it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from springtide import kernels
+from springtide.attention.policy import Layer, Policy
+from springtide.attention.tidal import Tidal
+from springtide.engine.cache import Cache
+from springtide.engine.rows import PREFIX, Segment
+from springtide.engine.stack import Pass, Stack
+
+SAMPLES = 8  # predictions drawn for each gradient's mean
+
+
+class Behind(Cache):
+    """What is written to it follows the rows of another cache, which stays as it is; gradients flow through it."""
+
+    def __init__(self, before: Cache) -> None:
+        super().__init__(before.layers)
+        self.length = before.length
+        self.before = before
+        self.rows: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Store rows ``[H_kv, n, D]`` behind the first ``start`` of the other cache."""
+        old = self.before.read(layer, 0, start)
+        self.rows[layer] = (torch.cat([old[0], keys], 1), torch.cat([old[1], values], 1))
+
+    def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[H_kv, stop - start, D]`` of those slots."""
+        keys, values = self.rows[layer]
+        return keys[:, start:stop], values[:, start:stop]
+
+
+@dataclass(frozen=True)
+class Recorder(Policy):
+    """Dense attention that gradients can flow through, and that keeps what it was asked and what it answered."""
+
+    name: ClassVar[str] = "recorder"
+
+    tidal: Tidal = field(default_factory=Tidal)
+    queries: dict[int, tuple[Layer, Tensor]] = field(default_factory=dict, compare=False)
+    outputs: dict[int, Tensor] = field(default_factory=dict, compare=False)
+    selected: dict[int, Tensor] = field(default_factory=dict, compare=False)
+
+    def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
+        keys, values = segment.cache.read(layer.index, 0, segment.length)
+        mask = segment.seen(layer.window).mask
+        logits = kernels.scores(q, keys, layer.scale, layer.softcap)
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None, None, :], -torch.inf)
+        # Products of matrices: the backward pass of torch's fused attention takes ten times as long on a CPU.
+        probs = logits.softmax(-1).to(values.dtype).transpose(0, 1).flatten(1, 2)
+        by_head = (probs @ values).view(len(values), len(q), -1, q.shape[2])
+        out = by_head.transpose(0, 1).reshape(q.shape)
+        if layer.window is None:
+            self.queries[layer.index] = layer, q.detach()
+            self.outputs[layer.index] = out
+            with torch.no_grad():
+                self.selected[layer.index] = self.tidal.best(layer, q.detach(), segment)
+        return out
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Texts that go on from one context side by side: rows whose parents form a tree of chains.
+
+    Attributes:
+        tokens, parents: of the rows, as in :class:`springtide.engine.rows.Segment`.
+        chain: which text each row belongs to.
+        counted: rows whose predictions count, int64.
+        answers: the token that truly follows each of them.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    chain: Tensor
+    counted: Tensor
+    answers: Tensor
+
+    @classmethod
+    def of(cls, texts: Sequence[tuple[list[int], int]]) -> Branches:
+        """Texts as tokens and how many of the last of them are to be predicted; the last one is no row."""
+        tokens: list[int] = []
+        parents, chain, counted, answers = [], [], [], []
+        for number, (text, predicted) in enumerate(texts):
+            parent = PREFIX
+            for place, token in enumerate(text[:-1]):
+                parents.append(parent)
+                parent = len(tokens)
+                tokens.append(token)
+                chain.append(number)
+                if place + 1 >= len(text) - predicted:
+                    counted.append(parent)
+                    answers.append(text[place + 1])
+        return cls(tokens, parents, *(torch.tensor(x) for x in (chain, counted, answers)))
+
+    def segment(self, cache: Cache, state: Any, device: torch.device) -> Segment:
+        """The rows behind what ``cache`` holds, decoded."""
+        return Segment(cache, cache.length, self.tokens, self.parents, True, state, device=device)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A dense pass over ``rows`` and gradients with respect to what its layers' attention gave.
+
+    ``gradients [SAMPLES, R, H_kv, H / H_kv * D]`` by layer, fp32; ``member [R, texts]`` says which text a row is of;
+    ``weight [texts]`` makes squares of effects sum up to nats.
+    """
+
+    segment: Segment
+    recorder: Recorder
+    gradients: dict[int, Tensor]
+    member: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, stack: Stack, cache: Cache, rows: Branches, tidal: Tidal, generator: torch.Generator) -> Recording:
+        """Run ``rows`` behind what ``cache`` holds, which stays as it is; ``generator`` draws predictions."""
+        segment = rows.segment(Behind(cache), None, stack.device)
+        recorder = Recorder(tidal=tidal)
+        drawn: list[tuple[Tensor, ...]] = []
+        with torch.enable_grad():
+            step = Pass(stack, [segment], recorder)
+            hidden = step.run(step.embed().clone().requires_grad_(), 0, stack.spec.num_layers)
+            predicted = stack.predict(stack.norm(hidden[rows.counted.to(stack.device)])).log_softmax(-1)
+            outputs = list(recorder.outputs.values())
+            probs = predicted.detach().exp().cpu()
+            tokens = torch.multinomial(probs, SAMPLES, replacement=True, generator=generator).to(stack.device)
+            for sample in range(SAMPLES):
+                total = predicted.gather(1, tokens[:, sample : sample + 1]).sum()
+                drawn.append(torch.autograd.grad(total, outputs, retain_graph=sample + 1 < SAMPLES))
+        kv_heads = segment.cache.read(0, 0, 1)[0].shape[0]
+        by_layer = zip(recorder.outputs, zip(*drawn, strict=True), strict=True)
+        gradients = {layer: torch.stack(own).float() for layer, own in by_layer}
+        gradients = {layer: own.reshape(*own.shape[:2], kv_heads, -1) for layer, own in gradients.items()}
+        member = one_hot(rows.chain).float()
+        weight = (0.5 / SAMPLES / member.shape[1] / member[rows.counted].sum(0)).sqrt()
+        return cls(segment, recorder, gradients, member.to(stack.device), weight)
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers without a sliding window."""
+        return list(self.recorder.outputs)
+
+    def effects(self) -> Tensor:
+        """``g . delta``, fp32 ``[SAMPLES * texts, selecting, reading, KV head]``, of every pair of ``layers``.
+
+        The sum over sparse layers and their heads, squared and summed over the first dimension, predicts the mean
+        divergence of a counted token from its dense prediction, in nats.
+        """
+        found = [[self._effect(to, self.recorder.selected[by], by < to) for to in self.layers] for by in self.layers]
+        return torch.stack([torch.stack(row, 1) for row in found], 1)
+
+    def by_set(self, selecting: int, reading: int) -> Tensor:
+        """The same for one pair: ``[SAMPLES * texts, set, KV head]``, each head reading each KV head's set."""
+        index = self.recorder.selected[selecting]
+        sets = range(index.shape[1])
+        return torch.stack([self._effect(reading, index[:, i : i + 1].expand_as(index)) for i in sets], 1)
+
+    @torch.no_grad()
+    def _effect(self, reading: int, index: Tensor, valid: bool = True) -> Tensor:
+        """``[SAMPLES * texts, KV head]`` of a layer's reading ``index [R, H_kv, B]``; 0 if that is not ``valid``."""
+        layer, q = self.recorder.queries[reading]
+        gradient = self.gradients[reading]
+        if not valid:
+            return torch.zeros(SAMPLES * self.member.shape[1], gradient.shape[2])
+        keys, values = (x.detach() for x in self.segment.cache.read(reading, 0, self.segment.length))
+        seen = self.segment.seen().mask
+        mask = None if seen is None else seen[:, None, :].expand(-1, index.shape[1], -1).gather(2, index)
+        sparse = kernels.attend_gathered(q, keys, values, index.contiguous(), layer.scale, mask, layer.softcap)
+        delta = (sparse.float() - self.recorder.outputs[reading].detach().float()).reshape(gradient.shape[1:])
+        found = torch.einsum("srkd,rkd,rt->stk", gradient, delta, self.member).cpu()
+        return (found * self.weight[:, None]).flatten(0, 1)
