@@ -15,9 +15,9 @@ ROLES = ("full", "select", "sparse")
 
 
 @st.composite
-def problems(draw, most=7):
+def problems(draw, fewest=2, most=7):
     """``effects`` (random, so that no two layouts lose the same), ``joint``, and the numbers of the layers."""
-    count = draw(st.integers(2, most))
+    count = draw(st.integers(fewest, most))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     effects = torch.randn(draw(st.integers(1, 6)), count, count, generator=generator, dtype=torch.float64)
     layers = sorted(torch.randperm(40, generator=generator)[:count].tolist())
@@ -134,7 +134,7 @@ def test_search_from_everywhere_finds_the_best_of_all(problem):
 
 
 @settings(deadline=None, max_examples=10)
-@given(problems(most=5))
+@given(problems(fewest=5, most=5))
 def test_a_layout_is_extended_by_the_best_layer_and_role_each_time(problem):
     """Where that leaves a selection without a reader, it cannot be."""
     prediction, layers = problem

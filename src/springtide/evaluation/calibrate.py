@@ -16,6 +16,7 @@ import hashlib
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -449,7 +450,10 @@ def _number(wish: Wish, tried: dict[int, dict[Layout, Measured]], layers: int) -
     for number, found in tried.items():
         if statistics.fmean(found[_best(found)].questions) <= wish.target_kl:
             return number
-    return max(tried)
+    most = max(tried)
+    kl = statistics.fmean(tried[most][_best(tried[most])].questions)
+    warnings.warn(f"no layout meets --target-kl {wish.target_kl}: {most} dense layers reach {kl:.4f}", stacklevel=2)
+    return most
 
 
 def _best(found: dict[Layout, Measured]) -> Layout:
