@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 from springtide.errors import SpringtideError
+from springtide.files import EXCERPT
 
 if TYPE_CHECKING:
     from springtide.attention.policy import Policy
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-EXCERPT = Path(__file__).parent / "data" / "excerpt.txt"
 LAST_SEED = 2**63 - 1
 MOST_ANSWERED = 64  # tokens, about an image
 
@@ -778,10 +778,7 @@ def needle(
     policy: Policies = "dense,tidal",
     budget: Budgets = None,
     text: Text = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option(help="Ask in the model's chat template (default: if it has one, but for pocket models)."),
-    ] = None,
+    chat: Chat = None,
     distractors: Annotated[int, typer.Option(help="More facts in the context, which nobody asks about.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of facts and places.")] = 0,
     json_file: Json = None,
@@ -794,16 +791,13 @@ def needle(
     from springtide.evaluation.needle import needle as run
     from springtide.evaluation.report import check_target, plot_lines, print_table, write_json
     from springtide.evaluation.tasks import parse_tasks
-    from springtide.training.data import CHAT_TEMPLATE
 
     check_target(json_file, plot)
     lengths, wanted, book = _numbers(length, "--length"), _policies(policy, budget), _text(text)
     tasks = parse_tasks(task)
     engine = _load(model, device, dtype)
     policies = _resolved(engine, wanted)
-    if chat is None:
-        chat = engine.tokenizer.chat_template not in (None, CHAT_TEMPLATE)  # the latter is for bare questions
-    haystack = Haystack(engine.tokenizer, book, seed, distractors, chat)
+    haystack = Haystack(engine.tokenizer, book, seed, distractors, _chats(engine, chat))
     steps, total = run(engine, haystack, tasks, policies, lengths, trials), len(lengths) * len(tasks) * trials
     cells = [cell for cell in _progress(steps, total, "needle") if cell]
     if json_file:
@@ -1304,7 +1298,7 @@ def _resumable(path: Path) -> Iterator[None]:
 
 
 def _chats(engine: Engine, wanted: bool | None) -> bool:
-    """Whether questions are asked in the model's chat template: as wanted, else if it has one for more than those."""
+    """Whether questions are asked in the model's chat template: as wanted, else if it has one, not for them alone."""
     from springtide.training.data import CHAT_TEMPLATE
 
     return engine.tokenizer.chat_template not in (None, CHAT_TEMPLATE) if wanted is None else wanted

@@ -1,4 +1,4 @@
-"""Files that are whole, or not there."""
+"""The bundled text, and files that are whole or not there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from springtide.errors import SpringtideError
+
+EXCERPT = Path(__file__).parent / "data" / "excerpt.txt"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -95,6 +96,11 @@ class Tidal(Sparse):
         """Layers that choose tokens, in order; the policy is resolved."""
         assert self.select is not None and self.reselect is not None
         return (self.select, *self.reselect)
+
+    @cached_property
+    def sets(self) -> dict[int, list[int]]:
+        """``map`` by layer."""
+        return {layer: list(heads) for layer, heads in self.map or ()}
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
@@ -193,7 +199,7 @@ class Tidal(Sparse):
                 state.selected = self.choose(layer, q, segment)
             return dense(layer, q, segment)
         assert state.selected is not None
-        index = state.selected if self.map is None else state.selected[:, list(dict(self.map)[layer.index])]
+        index = state.selected if self.map is None else state.selected[:, self.sets[layer.index]]
         return gathered(layer, q, segment, index)
 
     def choose(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:

@@ -14,12 +14,12 @@ from springtide.engine.engine import Engine
 from springtide.errors import SpringtideError
 from springtide.evaluation.calibrate import Wish, brief
 from springtide.evaluation.report import write_json
+from springtide.files import EXCERPT
 from springtide.options import Share
 
 LENGTH = 1024  # tokens of context
 PROMPTS = 2
 SECONDS = 60
-EXCERPT = Path(__file__).parent.parent / "data" / "excerpt.txt"
 
 
 def calibrate_briefly(engine: Engine, path: Path) -> dict[str, Any]:
