@@ -557,6 +557,7 @@ CURVE = {
     "dense_layers": int,
     "full": list,
     "select": list,
+    "full_heads": list,
     "budget": int,
     "kl_questions": float,
     "kl_text": float,
@@ -569,15 +570,15 @@ def test_calibrate_writes_what_policies_then_use(run, tmp_path, book):
     folder = save_model(tmp_path / "model")
     before = os.listdir(folder)
     result = run(
-        "calibrate", "--model", folder, *SIZE, "--dense-layers", 2, "--text", book, "--json", tmp_path / "out.json"
+        "calibrate", "--model", folder, *SIZE, "--dense-layers", 2, "--map", "--text", book, "--json", tmp_path / "out.json"
     )
     assert (result.code, result.err) == (0, "")
     said = result.out.replace("\n", "")
     assert f"Wrote the layers to {folder / 'springtide.json'}." in said
-    assert "On fresh prompts, 2 dense layers and a budget of 32 of 400 tokens: answers diverge by" in said
+    assert "On fresh prompts, with 2 layers' worth of dense KV heads and a budget of 32 of 400 tokens: answers diverge by" in said
     assert sorted(set(os.listdir(folder)) - set(before)) == ["springtide.json", "springtide.png"]
     tidal = json.loads((folder / "springtide.json").read_text())["tidal"]
-    assert len({*tidal["full"], *tidal["select"]}) == 2
+    assert len(tidal["full"]) + len(tidal["select"]) + len(tidal["full_heads"]) / 2 == 2
     assert (tidal["budget"], tidal["length"]) == (32, 400)
     assert {"kl_questions", "kl_questions_se", "kl_text", "kl_text_se", "exact_match", "exact_match_dense"} <= set(
         tidal
@@ -589,7 +590,7 @@ def test_calibrate_writes_what_policies_then_use(run, tmp_path, book):
         (n, b) for n in (1, 2) for b in (16, 32, 64)
     ]
     chosen = next(point for point in curve if (point["dense_layers"], point["budget"]) == (2, 32))
-    assert (chosen["full"], chosen["select"]) == (tidal["full"], tidal["select"])
+    assert all(chosen[name] == tidal[name] for name in ("full", "select", "full_heads"))
     for policy in ("tidal", "tidal:heads=map"):
         used = run("generate", PROMPT, "--model", folder, "--policy", policy, "--budget", 16, "--max-tokens", 2)
         assert (used.code, used.err) == (0, "")

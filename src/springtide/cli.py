@@ -240,7 +240,9 @@ def demo(json_file: Json = None) -> None:
 @app.command()
 def calibrate(
     model: Model = "pocket",
-    dense_layers: Annotated[int | None, typer.Option(help="Full and selecting layers (default: a third).")] = None,
+    dense_layers: Annotated[
+        int | None, typer.Option(help="Layers, or as many KV heads, that stay dense (default: a third).")
+    ] = None,
     target_kl: Annotated[
         float | None,
         typer.Option(help="Instead: as few as keep the answers' divergence from dense below this, nats a token."),
@@ -251,6 +253,7 @@ def calibrate(
         int, typer.Option(min=1, help="Contexts with questions, and plain texts, in each of three sets.")
     ] = 3,
     trials: Annotated[int, typer.Option(min=1, help="Layouts to measure for the number of layers taken.")] = 12,
+    head_map: Annotated[bool, typer.Option("--map", help="Learn the map that tidal:heads=map needs too.")] = False,
     chat: Chat = None,
     text: Text = None,
     out: Annotated[
@@ -261,7 +264,7 @@ def calibrate(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Choose TidalDecode's full and selecting layers for a model; the same command goes on where one was stopped.
+    """Choose what TidalDecode keeps dense and which layers select; the same command goes on where one was stopped.
 
     The curve of dense layers and budgets against divergence, bytes and time goes to springtide.png, and to --json.
     """
@@ -275,7 +278,7 @@ def calibrate(
     check_target(folder / "springtide.json", json_file)
     book, tidal = _text(text), Tidal(budget=parse_budget(budget))
     engine = _load(model, device, dtype, calibrated=False)
-    wish = calibration.Wish(tidal, length, dense_layers, target_kl, prompts, trials, _chats(engine, chat))
+    wish = calibration.Wish(tidal, length, dense_layers, target_kl, prompts, trials, _chats(engine, chat), head_map)
     partial = folder / calibration.PARTIAL
     with _resumable(partial):
         steps = calibration.calibrate(engine, book, wish, partial)
@@ -290,6 +293,7 @@ def calibrate(
                 "dense_layers": x.dense_layers,
                 "full": _plus(x.full),
                 "select": _plus(x.select),
+                "heads": _plus(x.full_heads),
                 "KL questions": x.kl_questions,
                 "KL text": x.kl_text,
                 "MB/token": x.kv_bytes / 1e6,
@@ -1634,5 +1638,5 @@ def _bench_series(
     return series
 
 
-def _plus(layers: Sequence[int]) -> str:
-    return "+".join(map(str, layers)) or "-"
+def _plus(parts: Sequence[object]) -> str:
+    return "+".join(map(str, parts)) or "-"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from springtide.errors import SpringtideError
 
@@ -33,6 +33,22 @@ class Share:
 
     def __str__(self) -> str:
         return f"{self.percent:g}%"
+
+
+class KVHead(NamedTuple):
+    """A KV head of a layer, written ``layer.head``, both counted from 0."""
+
+    layer: int
+    head: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``8.2``; raises ValueError for anything else."""
+        layer, head = text.split(".")
+        return cls(int(layer), int(head))
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.head}"
 
 
 def amount(value: int | Share, whole: int) -> int:

@@ -1,198 +1,317 @@
-"""The search for TidalDecode's layers against trying every layout."""
+"""The search for what of TidalDecode is dense, against computing every layout from the definition."""
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import combinations
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from springtide.attention.layout import Layout, Prediction, best_layouts, extended, layout_of, neighbours, rated, search
+from springtide.attention import Tidal
+from springtide.attention import layout as layouts
+from springtide.attention.calibration import VERSION
+from springtide.attention.layout import Layout, Prediction, neighbours, search
+from springtide.engine.spec import ModelSpec
+from springtide.options import KVHead
 
-ROLES = ("full", "select", "sparse")
+few = settings(deadline=None, max_examples=25)
 
 
 @st.composite
-def problems(draw, fewest=2, most=7):
-    """``effects`` (random, so that no two layouts lose the same), ``joint``, and the numbers of the layers."""
+def problems(draw, joints=(0.0, 0.3, 1.0), fewest=3, most=6):
+    """A prediction of random effects, so that no two heads count alike; layers have gaps between their numbers."""
     count = draw(st.integers(fewest, most))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    effects = torch.randn(draw(st.integers(1, 6)), count, count, generator=generator, dtype=torch.float64)
+    shape = (draw(st.integers(1, 6)), count, count, draw(st.integers(1, 3)))
     layers = sorted(torch.randperm(40, generator=generator)[:count].tolist())
-    return Prediction(effects, draw(st.sampled_from([0.0, 0.5, 1.0]))), layers
+    return Prediction(
+        torch.randn(shape, generator=generator, dtype=torch.float64), layers, draw(st.sampled_from(joints))
+    )
 
 
-def lost_by(prediction, roles):
-    """What a layout loses, from its definition; None if it is none."""
-    last, unread, read = None, None, []
-    for j, role in enumerate(roles):
-        if role == "select":
-            if unread is not None:
-                return None
-            last = unread = j
-        elif role == "sparse":
-            if last is None:
-                return None
-            unread = None
-            read.append(prediction.effects[:, last, j])
-    if last is None or unread is not None:
-        return None
-    alone, together = sum(x @ x for x in read), sum(read) @ sum(read)
-    return float(prediction.joint * together + (1 - prediction.joint) * alone)
+def loss_of(prediction, pairs):
+    """Of what is sparse, ``[(selecting layer, reading layer, head)]``, from the definition."""
+    place = prediction.layers.index
+    columns = [prediction.effects[:, place(by), place(to), head] for by, to, head in pairs]
+    together = sum(columns) if columns else torch.zeros(1, dtype=torch.float64)
+    apart = sum(float(column @ column) for column in columns)
+    return float(prediction.joint * (together @ together)) + (1 - prediction.joint) * apart
 
 
-def every_layout(prediction, layers):
-    """All that make sense: ``{roles: lost}``."""
-    found = {roles: lost_by(prediction, roles) for roles in product(ROLES, repeat=len(layers))}
-    return {roles: lost for roles, lost in found.items() if lost is not None}
+def readers(prediction, select, dense=()):
+    """``(selecting layer, reading layer, head)`` of all heads that are not dense, given the layers that select."""
+    return [
+        (max(by for by in select if by < to), to, head)
+        for to in prediction.layers
+        if to not in select and to > min(select)
+        for head in range(prediction.effects.shape[3])
+        if (to, head) not in dense
+    ]
 
 
-def roles_of(layout, layers):
-    return tuple("full" if x in layout.full else "select" if x in layout.select else "sparse" for x in layers)
+def left_sparse(prediction, layout):
+    """The same of a layout."""
+    heads = range(prediction.effects.shape[3])
+    dense = {*layout.full_heads, *((layer, head) for layer in layout.full for head in heads)}
+    return readers(prediction, layout.select, dense)
 
 
-def dense_in(roles):
-    return len(roles) - roles.count("sparse")
+def to_fill(prediction, choice, dense):
+    """How many heads are made dense beside those that must be; None if there are too few, or nothing is left."""
+    kv_heads, pairs = prediction.effects.shape[3], readers(prediction, choice)
+    must = len(prediction.layers) * kv_heads - len(pairs)
+    left = dense * kv_heads - must
+    return left if 0 <= left < len(pairs) else None
 
 
-@settings(deadline=None, max_examples=15)
-@given(problems())
-def test_layout_of_knows_which_make_sense_and_what_they_lose(problem):
-    prediction, layers = problem
-    valid = every_layout(prediction, layers)
-    for roles in product(ROLES, repeat=len(layers)):
-        layout = layout_of(prediction, layers, roles)
-        if roles not in valid:
-            assert layout is None
-        else:
-            assert layout.loss == pytest.approx(valid[roles]) and roles_of(layout, layers) == roles
+def normal(prediction, pairs):
+    """The layout in which just ``pairs`` are sparse."""
+    select, reading = ({pair[role] for pair in pairs} for role in (0, 1))
+    heads = {(layer, head) for layer in reading for head in range(prediction.effects.shape[3])}
+    single = sorted(heads - {pair[1:] for pair in pairs})
+    full = [layer for layer in prediction.layers if layer not in select | reading]
+    return Layout(tuple(full), tuple(sorted(select)), tuple(KVHead(*head) for head in single))
 
 
-@settings(deadline=None, max_examples=25)
-@given(problems(), st.integers(1, 6), st.integers(1, 12))
-def test_best_layouts_are_the_best_of_all_where_losses_add_up(problem, dense, count):
-    prediction, layers = problem
-    prediction = Prediction(prediction.effects, joint=0)
-    possible = {roles: lost for roles, lost in every_layout(prediction, layers).items() if dense_in(roles) == dense}
-    expected = sorted(possible, key=lambda roles: possible[roles])[:count]
-    got = best_layouts(prediction.alone.tolist(), layers, dense, count)
-    assert [roles_of(layout, layers) for layout in got] == expected
-    assert [layout.loss for layout in got] == pytest.approx([possible[roles] for roles in expected])
+def greedy(prediction, choice, count):
+    """What stays sparse of all readers, less ``count`` that are taken away one by one."""
+    pairs = readers(prediction, choice)
+    for _ in range(count):
+        rest = [[pair for pair in pairs if pair != gone] for gone in pairs]
+        pairs = min(rest, key=lambda left: loss_of(prediction, left))
+    return pairs
 
 
-@settings(deadline=None, max_examples=15)
+def every_choice(prediction, most=None):
+    """Of layers that select: all, or those of up to so many."""
+    counts = range(1, (most or len(prediction.layers)) + 1)
+    return [choice for count in counts for choice in combinations(prediction.layers, count)]
+
+
+@few
 @given(problems(), st.data())
-def test_neighbours_are_all_layouts_one_move_away(problem, data):
-    """One dense layer gets the other role, or another place (and either role there)."""
-    prediction, layers = problem
-    valid = every_layout(prediction, layers)
-    own = data.draw(st.sampled_from(sorted(valid)))
+def test_a_layout_states_the_loss_of_the_definition(prediction, data):
+    dense = data.draw(st.integers(1, len(prediction.layers) - 1))
+    found = prediction.layouts(every_choice(prediction), dense)
+    assert found
+    for layout in found:
+        assert layout.loss == pytest.approx(loss_of(prediction, left_sparse(prediction, layout)), abs=1e-10)
 
-    def one_move(other):
-        changed = [(a, b) for a, b in zip(own, other, strict=True) if a != b]
-        if len(changed) == 1:
-            return "sparse" not in changed[0]
-        gone, come = (sum(pair[side] == "sparse" for pair in changed) for side in (1, 0))
-        return len(changed) == 2 and gone == come == 1
 
-    found = neighbours(layout_of(prediction, layers, own), prediction, layers)
-    assert {roles_of(layout, layers) for layout in found} == {roles for roles in valid if one_move(roles)}
-    assert found == sorted(found)
-    assert all(layout.loss == pytest.approx(valid[roles_of(layout, layers)]) for layout in found)
+@few
+@given(problems(), st.data())
+def test_as_many_heads_are_dense_as_the_layers_have(prediction, data):
+    dense, kv_heads = data.draw(st.integers(1, len(prediction.layers) - 1)), prediction.effects.shape[3]
+    for layout in prediction.layouts(every_choice(prediction), dense):
+        layers = [*layout.full, *layout.select]
+        assert len({*layers}) == len(layers) and {*layers} <= {*prediction.layers}
+        assert len(layers) * kv_heads + len({*layout.full_heads}) == dense * kv_heads
+        assert {*range(min(layout.select))} & {*prediction.layers} <= {*layout.full}
+
+
+@few
+@given(problems(), st.data())
+def test_full_heads_are_some_of_the_heads_of_layers_that_read(prediction, data):
+    """A layer whose heads are all dense is full, and only layers that are read select."""
+    dense, kv_heads = data.draw(st.integers(1, len(prediction.layers) - 1)), prediction.effects.shape[3]
+    for layout in prediction.layouts(every_choice(prediction), dense):
+        by_layer = [head.layer for head in layout.full_heads]
+        assert not {*by_layer} & {*layout.full, *layout.select}
+        assert all(by_layer.count(layer) < kv_heads for layer in by_layer)
+        assert all(isinstance(head, KVHead) and 0 <= head.head < kv_heads for head in layout.full_heads)
+        assert {by for by, _, _ in left_sparse(prediction, layout)} == {*layout.select} != set()
+        for part in (layout.full, layout.select, layout.full_heads):
+            assert list(part) == sorted({*part})
 
 
 @settings(deadline=None, max_examples=40)
-@given(problems(), st.integers(1, 4), st.data())
-def test_search_ends_where_no_move_is_better(problem, count, data):
-    """Nowhere worse than where it started; at the best of all where losses add up."""
-    prediction, layers = problem
-    dense = data.draw(st.integers(1, len(layers) - 1))
-    valid = every_layout(prediction, layers)
-    found = search(prediction, layers, dense, count)
-    assert 1 <= len(found) <= count and found == sorted(found)
-    for layout in found:
-        roles = roles_of(layout, layers)
-        assert dense_in(roles) == dense
-        assert layout.loss == pytest.approx(valid[roles])
-        assert all(other.loss >= layout.loss for other in neighbours(layout, prediction, layers))
-    starts = [roles_of(x, layers) for x in best_layouts(prediction.alone.tolist(), layers, dense, count)]
-    assert found[0].loss <= min(valid[roles] for roles in starts) + 1e-9
-    if prediction.joint == 0:
-        assert found[0].loss == pytest.approx(min(valid[roles] for roles in valid if dense_in(roles) == dense))
+@given(problems(), st.integers(0, 7))
+def test_heads_are_made_dense_one_by_one_each_the_one_that_leaves_least(prediction, dense):
+    """Choices that need more, or that leave nothing sparse, are left out; each layout is there once, best first."""
+    counts = {choice: to_fill(prediction, choice, dense) for choice in every_choice(prediction)}
+    expected = [greedy(prediction, choice, count) for choice, count in counts.items() if count is not None]
+    found = prediction.layouts(counts, dense)
+    assert len({*found}) == len(found)
+    assert {*found} == {normal(prediction, pairs) for pairs in expected}
+    losses = [layout.loss for layout in found]
+    assert losses == sorted(losses)
 
 
-@settings(deadline=None, max_examples=25)
-@given(problems(most=5))
-def test_search_from_everywhere_finds_the_best_of_all(problem):
-    prediction, layers = problem
-    valid = every_layout(prediction, layers)
-    for dense in range(1, len(layers)):
-        found = search(prediction, layers, dense, len(valid))
-        assert found[0].loss == pytest.approx(min(valid[roles] for roles in valid if dense_in(roles) == dense))
+@few
+@given(problems(joints=[0.0]), st.data())
+def test_where_losses_add_up_no_other_heads_would_leave_less(prediction, data):
+    dense = data.draw(st.integers(1, len(prediction.layers) - 1))
+    for choice in every_choice(prediction, most=2):
+        found, count = prediction.layouts([choice], dense), to_fill(prediction, choice, dense)
+        assert len(found) == (count is not None)
+        if found:
+            pairs = readers(prediction, choice)
+            alone = sorted(loss_of(prediction, [pair]) for pair in pairs)
+            assert found[0].loss == pytest.approx(sum(alone[: len(pairs) - count]))
 
 
-@settings(deadline=None, max_examples=10)
-@given(problems(fewest=5, most=5))
-def test_a_layout_is_extended_by_the_best_layer_and_role_each_time(problem):
-    """Where that leaves a selection without a reader, it cannot be."""
-    prediction, layers = problem
-    valid = every_layout(prediction, layers)
-    for own in valid:
-        layout, best = layout_of(prediction, layers, own), own
-        assert extended(layout, prediction, layers, dense_in(own)) == layout
-        for dense in range(dense_in(own) + 1, len(layers)):
-            found = extended(layout, prediction, layers, dense)
-            more = [roles for roles in valid if dense_in(roles) == dense and only_more(best, roles)]
-            if not more:
-                assert found is None
-                break
-            best = min(more, key=lambda roles: valid[roles])
-            assert roles_of(found, layers) == best and found.loss == pytest.approx(valid[best])
+@few
+@given(problems(), st.data())
+def test_prefixes_of_the_filling_are_fillings(prediction, data):
+    """With one layer more to be dense, what was dense stays so."""
+    choice = data.draw(st.sampled_from(every_choice(prediction)))
+    before = None
+    for dense in range(1, len(prediction.layers)):
+        for layout in prediction.layouts([choice], dense):
+            sparse = {*left_sparse(prediction, layout)}
+            assert before is None or sparse < before
+            before = sparse
 
 
-def only_more(roles, others):
-    return all(own in (other, "sparse") for own, other in zip(roles, others, strict=True))
+def test_choices_are_filled_as_if_alone(monkeypatch):
+    """However many there are, and in any order, of choices and of the layers in one."""
+    generator = torch.Generator().manual_seed(0)
+    prediction = Prediction(torch.randn(4, 8, 8, 2, generator=generator, dtype=torch.float64), range(3, 27, 3), 0.5)
+    choices = every_choice(prediction)
+    assert len(choices) > 2 * layouts.BATCH
+    found = prediction.layouts(choices, 5)
+    alone = [layout for choice in choices for layout in prediction.layouts([choice], 5)]
+    assert {*found} == {*alone} and len(alone) > len(found)
+    turned = prediction.layouts([choice[::-1] for choice in reversed(choices)], 5)
+    assert turned == found and prediction.layouts(iter(choices), 5) == found
+    monkeypatch.setattr(layouts, "BATCH", 7)
+    again = prediction.layouts(choices, 5)
+    assert again == found
+    assert [layout.loss for layout in again] == pytest.approx([layout.loss for layout in found])
 
 
-def test_a_layout_that_cannot_be_extended():
-    prediction = Prediction(torch.ones(1, 4, 4), 0.0)
-    assert extended(Layout(0.0, (), (0, 2)), prediction, range(4), 3) is None
-    assert extended(Layout(0.0, (1,), (0,)), prediction, range(4), 3) == Layout(1.0, (1, 2), (0,))
+# Three layers read layer 4 alike: heads of layers 7, 9 and 12.
+ALIKE = torch.zeros(1, 4, 4, 2, dtype=torch.float64)
+ALIKE[0, :, 1:] = torch.tensor([[1.0, 2.0], [9.0, 8.0], [3.0, 4.0]])
+
+
+@pytest.mark.parametrize(
+    ("choice", "dense", "expected", "loss"),
+    [
+        ((4,), 1, Layout((), (4,)), 1 + 4 + 81 + 64 + 9 + 16),
+        ((4,), 2, Layout((9,), (4,)), 1 + 4 + 9 + 16),
+        # Layer 9 selects, and its only readers become dense.
+        ((4, 9), 3, Layout((9, 12), (4,)), 1 + 4),
+        ((4,), 3, Layout((9, 12), (4,)), 1 + 4),
+        # Layer 4 selects, but layer 7 does so again.
+        ((4, 7), 3, Layout((4, 9), (7,)), 9 + 16),
+        # Layers before the first that selects are full.
+        ((9,), 3, Layout((4, 7), (9,)), 9 + 16),
+    ],
+)
+def test_layouts_by_hand(choice, dense, expected, loss):
+    (found,) = Prediction(ALIKE, [4, 7, 9, 12], 0.0).layouts([choice], dense)
+    assert found == expected and found.loss == pytest.approx(loss)
+
+
+def test_single_heads_by_hand():
+    effects = ALIKE.clone()
+    effects[0, :, 2, 1] = 0.5
+    (found,) = Prediction(effects, [4, 7, 9, 12], 0.0).layouts([(4,)], 2)
+    assert found == Layout((), (4,), (KVHead(9, 0), KVHead(12, 1)))
+    assert found.loss == pytest.approx(1 + 4 + 0.25 + 9)
+
+
+def test_choices_that_are_too_many_or_leave_nothing_are_left_out():
+    prediction = Prediction(ALIKE, [4, 7, 9, 12], 0.0)
+    assert prediction.layouts([(12,), (9, 12), (4, 7, 9, 12), (7, 9), (4, 9, 12)], 2) == []
+    assert prediction.layouts([(12,), (4, 7, 9, 12)], 4) == prediction.layouts([(4,), (9,)], 4) == []
+    assert prediction.layouts([], 2) == prediction.layouts([(4,)], 0) == []
+
+
+def test_a_loss_by_hand():
+    """Two samples of three layers, of which the first selects: effects 1 and 3, and 2 and -2."""
+    effects = torch.zeros(2, 3, 3, 1, dtype=torch.float64)
+    effects[0, 0, 1:, 0] = torch.tensor([1.0, 3.0])
+    effects[1, 0, 1:, 0] = torch.tensor([2.0, -2.0])
+    effects[:, 1, 2] = 5.0
+    for joint, loss in ((0.0, 1 + 9 + 4 + 4), (1.0, 16), (0.25, 0.25 * 16 + 0.75 * 18)):
+        assert Prediction(effects, range(3), joint).layouts([(0,)], 1)[0].loss == pytest.approx(loss)
+    # One head more: the one that leaves the other's square, of 5 or of 13, whatever both sum up to.
+    assert Prediction(effects, range(3), 1.0).layouts([(0,)], 2) == [Layout((2,), (0,))]
+    assert Prediction(effects, range(3), 1.0).layouts([(0, 1)], 2)[0].loss == pytest.approx(50)
+
+
+def test_effects_that_cancel_are_left_to_cancel():
+    """Of 3, -3.5 and 2, the 2 becomes dense where errors are joint, though it is the least alone."""
+    effects = torch.tensor([0.0, 3.0, -3.5, 2.0], dtype=torch.float64).expand(1, 4, 4)[..., None]
+    for joint, dense, loss in ((1.0, 3, 0.25), (0.0, 2, 9 + 4)):
+        (found,) = Prediction(effects, range(4), joint).layouts([(0,)], 2)
+        assert found == Layout((dense,), (0,)) and found.loss == pytest.approx(loss)
+
+
+@few
+@given(problems(), st.data())
+def test_layers_alone_have_no_full_heads(prediction, data):
+    """Where heads are summed, whole layers are dense."""
+    layers = Prediction(prediction.effects.sum(3, keepdim=True), prediction.layers, prediction.joint)
+    dense = data.draw(st.integers(1, len(layers.layers) - 1))
+    found = [*layers.layouts(every_choice(layers), dense), search(layers, dense, 2)]
+    assert all(not layout.full_heads and len(layout.full + layout.select) == dense for layout in found)
 
 
 @settings(deadline=None, max_examples=15)
-@given(problems(most=5), problems(most=5), st.data())
-def test_a_layout_is_rated_by_another_prediction(problem, other, data):
-    prediction, layers = problem
-    other = Prediction(prediction.effects.flip(0) * 2, other[0].joint)
-    own = data.draw(st.sampled_from(sorted(every_layout(prediction, layers))))
-    layout = rated(layout_of(prediction, layers, own), other, layers)
-    assert roles_of(layout, layers) == own and layout.loss == pytest.approx(lost_by(other, own))
+@given(problems(most=5), st.data())
+def test_neighbours_are_all_choices_one_step_away(prediction, data):
+    """One layer more selects, one less, or another one instead; the layout itself is none of them."""
+    dense = data.draw(st.integers(1, len(prediction.layers) - 1))
+    for layout in prediction.layouts(every_choice(prediction), dense):
+        own, near = {*layout.select}, []
+        for choice in every_choice(prediction):
+            more, less = len({*choice} - own), len(own - {*choice})
+            if {more, less} <= {0, 1} and (more or less):
+                near.append(choice)
+        found = neighbours(layout, prediction, dense)
+        assert {*found} == {*prediction.layouts(near, dense)} - {layout}
+        assert layout not in found and len({*found}) == len(found)
+        losses = [other.loss for other in found]
+        assert losses == sorted(losses)
 
 
-def test_a_prediction_by_hand():
-    """Two samples of three layers, of which the first selects: effects 1 and 3, and 2 and -2."""
-    effects = torch.zeros(2, 3, 3)
-    effects[0, 0, 1:] = torch.tensor([1.0, 3.0])
-    effects[1, 0, 1:] = torch.tensor([2.0, -2.0])
-    effects[:, 1, 2] = 5.0
-    pairs = [(0, 1), (0, 2)]
-    assert Prediction(effects, 0.0)(pairs) == 1 + 9 + 4 + 4
-    assert Prediction(effects, 1.0)(pairs) == 16
-    assert Prediction(effects, 0.25)(pairs) == 0.25 * 16 + 0.75 * 18
-    assert Prediction(effects, 1.0)([(0, 1), (1, 2)]) == 36 + 49
-    assert Prediction(effects, 0.5).alone.tolist() == [[0, 5, 13], [0, 0, 50], [0, 0, 0]]
-    layout = layout_of(Prediction(effects, 1.0), [4, 7, 9], ["select", "sparse", "sparse"])
-    assert layout == Layout(16.0, (), (4,))
+@settings(deadline=None, max_examples=10)
+@given(problems(), problems(fewest=8, most=10), st.integers(1, 4))
+def test_search_goes_to_the_best_neighbour_while_there_is_a_better_one(few, many, starts):
+    """It is never worse than the best in which one or two layers select."""
+    for prediction in (few, many):
+        for dense in range(1, len(prediction.layers)):
+            found = search(prediction, dense, starts)
+            first = prediction.layouts(every_choice(prediction, most=2), dense)
+            assert found.loss <= first[0].loss
+            assert found.loss == pytest.approx(loss_of(prediction, left_sparse(prediction, found)), abs=1e-10)
+            assert all(other.loss >= found.loss for other in neighbours(found, prediction, dense))
+            ends = []
+            for layout in first[:starts]:
+                while better := [x for x in neighbours(layout, prediction, dense) if x.loss < layout.loss]:
+                    layout = min(better, key=lambda x: x.loss)
+                ends.append(layout.loss)
+            assert found.loss == min(ends)
 
 
-def test_options_are_those_of_the_policy():
-    assert Layout(0.0, (0, 3), (1, 5, 9)).options == {"full": (0, 3), "select": 1, "reselect": (5, 9)}
+@few
+@given(problems(), st.data())
+def test_layouts_are_those_of_the_policy(prediction, data):
+    """As options, and as calibration writes them down."""
+    kv_heads = prediction.effects.shape[3]
+    dense = data.draw(st.integers(1, len(prediction.layers) - 1))
+    windows = tuple(None if layer in prediction.layers else 9 for layer in range(40))
+    for layout in prediction.layouts(every_choice(prediction, most=2), dense):
+        content = {"version": VERSION, "tidal": layout.as_json()}
+        spec = ModelSpec(40, windows, vocab_size=9, context_limit=99, kv_heads=kv_heads, calibration=content)
+        policy = Tidal(**layout.options).resolve(spec)
+        assert policy == Tidal().resolve(spec)
+        assert (policy.full, policy.selecting, policy.full_heads) == (layout.full, layout.select, layout.full_heads)
 
 
-def test_too_few_layers_give_no_layout():
-    alone = [[0.0, 0.0], [0.0, 0.0]]
-    assert best_layouts(alone, [0, 1], dense=2, count=3) == []
-    assert best_layouts(alone, [0, 1], dense=1, count=3) == [Layout(0.0, (), (0,))]
+def test_a_layout_as_options_and_as_json():
+    layout = Layout((0, 3), (1, 5, 9), (KVHead(2, 1), KVHead(4, 0)), loss=0.5)
+    heads = (KVHead(2, 1), KVHead(4, 0))
+    assert layout.options == {"full": (0, 3), "full_heads": heads, "select": 1, "reselect": (5, 9)}
+    assert layout.as_json() == {"full": [0, 3], "select": [1, 5, 9], "full_heads": [[2, 1], [4, 0]]}
+
+
+def test_layouts_are_equal_that_are_dense_alike():
+    layout = Layout((0,), (1,), (KVHead(2, 1),), loss=0.5)
+    same, other = Layout((0,), (1,), (KVHead(2, 1),), loss=0.7), Layout((0,), (1,), (KVHead(2, 0),), loss=0.5)
+    assert layout == same and hash(layout) == hash(same) and layout != other

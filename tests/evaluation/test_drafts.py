@@ -120,7 +120,7 @@ def test_passes_from_what_was_drafted():
     assert accepted_depths([yes, no, yes, yes]) == [1, 2]  # the output ended among the drafted tokens
 
 
-@pytest.mark.parametrize("policy", ["dense", "tidal:budget=16,full=0,select=1,reselect=3"])
+@pytest.mark.parametrize("policy", ["dense", "tidal:budget=16,means=0,full=0,select=1,reselect=3"])
 def test_a_perfect_drafter_and_one_that_is_never_right(engine, policy):
     under = engine.using(policy)
     pieces = cut()

@@ -21,7 +21,7 @@ from tiny import tiny
 
 LENGTH = 420
 LAYERS = {"full": (0,), "select": 1, "reselect": (3,)}
-TIDAL = "tidal:budget=32,full=0,select=1,reselect=3"
+TIDAL = "tidal:budget=32,means=0,full=0,select=1,reselect=3"
 POLICIES = ["dense", TIDAL, "quest:budget=64", "streaming:budget=64", "oracle:budget=9"]
 TURNS = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}</>{% endfor %}{{ '<assistant>\n' }}"
 

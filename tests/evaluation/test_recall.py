@@ -64,7 +64,7 @@ def test_every_head_is_measured_by_itself():
     index = torch.tensor([[2, 0], [1, 2]]).expand(2, 2, 2)  # head 0 reads slots 2 and 0, head 1 slots 1 and 2
     meter = Meter()
     for _ in range(2):
-        meter(Layer(0, scale=1.0), q, segment, index, torch.ones_like(index, dtype=torch.bool))
+        meter(Layer(0, scale=1.0), q, segment, index, torch.ones_like(index, dtype=torch.bool), ())
     expected = []
     for head, slots in ((0, [2, 0]), (1, [1, 2])):
         seen = [logits[head, : 3 + row] * factor for row in (0, 1) for factor in (1, 2)]

@@ -11,6 +11,7 @@ from springtide import SpringtideError
 from springtide.attention import Policy, Quest, Tidal
 from springtide.evaluation import report
 from springtide.evaluation.calibrate import Point
+from springtide.options import KVHead
 
 
 def test_json_is_written(tmp_path):
@@ -79,7 +80,7 @@ def test_a_picture_of_lines_and_of_values_without_an_x(tmp_path, log_x):
 
 
 def test_a_curve(tmp_path):
-    points = [Point(n, (0,), (1,), budget, 0.1 / n, 0.2, 100, 3.0) for n in (1, 2) for budget in (32, 64)]
+    points = [Point(n, (0,), (1,), (KVHead(2, 1),), budget, 0.1 / n, 0.2, 100, 3.0) for n in (1, 2) for budget in (32, 64)]
     report.plot_curve(tmp_path / "a.png", points)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 

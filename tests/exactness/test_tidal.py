@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from springtide.attention import parse_policy
 from springtide.attention.baselines import Oracle, Quest, Streaming, page_bounds
-from springtide.attention.calibration import VERSION
+from springtide.attention.calibration import FILE, VERSION, read_calibration
 from springtide.attention.policy import STEP, Layer, Policy, dense
 from springtide.attention.tidal import NotCalibratedError, Tidal
 from springtide.engine import loop
@@ -23,17 +24,29 @@ from springtide.engine.rows import PREFIX, Segment
 from springtide.engine.sampling import Sampling
 from springtide.engine.spec import ModelSpec
 from springtide.errors import SpringtideError
+from springtide.evaluation.recall import Meter
 from springtide.kernels.reference import keep_first
-from springtide.options import Share
+from springtide.options import KVHead, Share
 from tiny import random_tokens, tiny
 
 PROMPT = random_tokens(40)
 LAYERS = "full=0,select=1,reselect=3"  # of 6, so that layers 2, 4 and 5 are sparse
 TIDAL = f"tidal:budget=9,{LAYERS}"
 MAP = ((2, (1, 0)), (4, (1, 1)), (5, (0, 0)))
-MAPPED = Tidal(budget=9, full=(0,), select=1, reselect=(3,), heads="map", map=MAP)
+MAPPED = Tidal(budget=9, full=(0,), full_heads=(), select=1, reselect=(3,), heads="map", map=MAP)
+HEADS = f"{TIDAL},full_heads=2.1+4.0"
+ALL_HEADS = "full_heads=2.0+2.1+4.0+4.1+5.0+5.1"
 GROWING = f"tidal:budget=30%,recent=20%,{LAYERS}"  # grows after 64 tokens and after 128
-SPARSE = [TIDAL, f"{TIDAL},heads=kv,pool=mean", MAPPED, GROWING, "oracle:budget=9,skip=1", "streaming:budget=9,sinks=3"]
+SPARSE = [
+    TIDAL,
+    f"{TIDAL},heads=kv,pool=mean",
+    MAPPED,
+    GROWING,
+    HEADS,
+    f"{HEADS},heads=kv,means=0",
+    "oracle:budget=9,skip=1",
+    "streaming:budget=9,sinks=3",
+]
 every_sparse_policy = pytest.mark.parametrize("policy", SPARSE, ids=str)
 
 
@@ -71,7 +84,15 @@ def largest_difference(engine, cache, other):
 
 
 @pytest.mark.parametrize(
-    "policy", [f"tidal:budget=64,{LAYERS}", "oracle:budget=64", "streaming:budget=64", "quest:budget=64"]
+    "policy",
+    [
+        f"tidal:budget=64,{LAYERS}",
+        f"tidal:budget=64,{LAYERS},full_heads=2.1",
+        f"tidal:budget=64,means=0,{LAYERS},full_heads=2.1+4.0",
+        "oracle:budget=64",
+        "streaming:budget=64",
+        "quest:budget=64",
+    ],
 )
 def test_a_budget_of_the_context_is_dense(policy):
     sparse, full = engine_of(policy, dtype=torch.float32), engine_of("dense", dtype=torch.float32)
@@ -90,17 +111,20 @@ def test_a_small_budget_is_not_dense(policy):
 @settings(deadline=None, max_examples=12)
 @given(picks=st.lists(st.tuples(st.integers(0, 9), st.integers(3, 96)), max_size=7), prefix=st.sampled_from([5, 8, 30]))
 def test_rows_of_a_tree_are_as_without_a_tree(policy, picks, prefix):
-    """``picks`` are a parent and a token for each node."""
+    """Those that can be kept; ``picks`` are a parent and a token for each node."""
     engine = engine_of(policy)
     cache = cached(engine, PROMPT[:prefix])
     tokens = [PROMPT[prefix], *(token for _, token in picks)]
     parents = [PREFIX, *(parent % (node + 1) for node, (parent, _) in enumerate(picks))]
     tree, _ = rows_after(engine, cache, tokens, parents)
+    headroom = engine.policy.headroom(engine.policy.new_state(prefix), prefix)
 
     def check(node, cache):
         alone, segment = rows_after(engine, cache, [tokens[node]])
         torch.testing.assert_close(tree[node], alone[0], atol=1e-10, rtol=1e-10)
         segment.cache.commit(segment.prefix, [0])
+        if segment.cache.length - prefix == headroom:
+            return
         for child in (i for i, parent in enumerate(parents) if parent == node):
             check(child, segment.cache)
 
@@ -108,7 +132,8 @@ def test_rows_of_a_tree_are_as_without_a_tree(policy, picks, prefix):
 
 
 @pytest.mark.parametrize(
-    "policy", [*SPARSE, f"{TIDAL},correct=7", "dense", f"{TIDAL},rows=root", "quest:budget=8,page=4"]
+    "policy",
+    [*SPARSE, f"{TIDAL},correct=7", "dense", f"{TIDAL},rows=root", f"{HEADS},rows=root", "quest:budget=8,page=4"],
 )
 def test_given_rows_in_one_pass_are_as_one_at_a_time(policy, monkeypatch):
     engine = engine_of(policy)
@@ -267,10 +292,11 @@ def test_the_identity_map_is_a_set_for_each_head(pool):
     assert not torch.equal(same.using(replace(MAPPED, pool=pool)).score(PROMPT, 12), kv.score(PROMPT, 12))
 
 
-def test_each_head_reads_the_set_that_the_map_says():
+@pytest.mark.parametrize("full_heads", [(), (KVHead(2, 1), KVHead(5, 0))])
+def test_each_head_reads_the_set_that_the_map_says(full_heads):
     """Of the layer that selected last: layer 1 for layer 2, and layer 3 for layers 4 and 5."""
     read, chosen = {}, {}
-    engine = engine_of(MAPPED)
+    engine = engine_of(replace(MAPPED, full_heads=full_heads))
     choose = Tidal.choose
 
     def spy(self, layer, q, segment):
@@ -280,9 +306,7 @@ def test_each_head_reads_the_set_that_the_map_says():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tidal, "choose", spy)
         list(
-            engine.predictions(
-                PROMPT, 38, meter=lambda layer, q, segment, index, mask: read.update({layer.index: index})
-            )
+            engine.predictions(PROMPT, 38, meter=lambda layer, q, segment, index, *_: read.update({layer.index: index}))
         )
     assert set(chosen) == {1, 3} and set(read) == {2, 4, 5}
     for layer, sets in MAP:
@@ -332,6 +356,7 @@ def test_a_learnt_map_is_for_the_learnt_layers_alone():
 LONG = random_tokens(140, seed=8)
 SHARES = [
     GROWING,
+    f"{GROWING},full_heads=2.0+5.1",
     f"{GROWING},correct=7",
     replace(MAPPED, budget=Share(15)),
     "tidal:budget=20%,recent=3,heads=kv," + LAYERS,
@@ -348,18 +373,20 @@ def test_a_share_is_rounded_up_and_grows_by_steps(length, tenths):
     budget = Tidal(budget=Share(percent)).budget_at(length)
     step = -(-length // STEP) * STEP
     assert budget == -(-(tenths * step) // 1000)
-    policy = Tidal(budget=Share(percent), full=(0,), select=1, reselect=())
+    policy = Tidal(budget=Share(percent), full=(0,), select=1, reselect=(), means=0)
     ahead = policy.headroom(policy.new_state(0), length)
     grown = [policy.budget_at(length + more + 1) for more in range(ahead + 1)]
     assert 1 <= ahead <= STEP and len(set(grown[:-1])) == 1
-    assert percent < 5 or grown[-1] > grown[0]
-    assert Tidal(budget=9).headroom(policy.new_state(0), length) is None
+    held = length + ahead == grown[0]  # no more are covered by the budget
+    assert percent < 5 or held or grown[-1] > grown[0]
+    fixed = Tidal(budget=9, means=0).headroom(policy.new_state(0), length)
+    assert fixed == (9 - length if length < 9 else None)
 
 
 @pytest.mark.parametrize(("context", "budget"), [(63, 20), (64, 39), (127, 39), (128, 58)])
 def test_the_budget_is_that_of_the_tokens_there_are(context, budget):
     """With the one that is decoded: 30% of 64, 128 and 192."""
-    engine, read = engine_of(GROWING), []
+    engine, read = engine_of(f"{GROWING},means=0"), []
     list(engine.predictions(LONG[: context + 2], context, meter=lambda *about: read.append(about[3].shape[-1])))
     assert set(read) == {budget}
 
@@ -435,7 +462,7 @@ def test_recent_may_be_a_share_of_the_budget(seed, budget, percent):
 
 def spec(layers=32, sliding=(), calibration=None):
     windows = tuple(9 if layer in sliding else None for layer in range(layers))
-    return ModelSpec(layers, windows, vocab_size=97, context_limit=512, calibration=calibration)
+    return ModelSpec(layers, windows, vocab_size=97, context_limit=512, kv_heads=KV_HEADS, calibration=calibration)
 
 
 CALIBRATION = {"version": VERSION, "tidal": {"full": [0, 1, 4], "select": [2, 9, 17]}}
@@ -510,6 +537,7 @@ def test_calibration_reaches_the_policy_through_the_engine():
         (Tidal(recent=Share(101)), "recent is 101%"),
         (Tidal(full=(0,), reselect=(5,)), "no layer that selects first; give select too"),
         (Tidal(full=()), "give select too"),
+        (Tidal(full_heads=(KVHead(2, 1),)), "full, full_heads or reselect is given, but no layer that selects first"),
     ],
     ids=str,
 )
@@ -523,6 +551,162 @@ def test_too_few_layers_for_the_default_can_still_be_named():
     with pytest.raises(SpringtideError, match="2 layers"):
         Tidal(layout="paper").resolve(few)
     assert Tidal(full=(), select=1, reselect=()).resolve(few).dense_layers == (1,)
+
+
+# Single KV heads that are dense
+
+
+def test_full_heads_in_text():
+    heads = (KVHead(2, 1), KVHead(14, 0))
+    policy = parse_policy("tidal:budget=9,full_heads=2.1+14.0")
+    assert policy.full_heads == heads and all(isinstance(head, KVHead) for head in policy.full_heads)
+    assert "+".join(map(str, heads)) == "2.1+14.0" and [KVHead.parse(str(head)) for head in heads] == [*heads]
+    assert parse_policy("tidal:full_heads=none").full_heads is parse_policy("tidal").full_heads is None
+
+
+@pytest.mark.parametrize("text", ["2", "2.x", "x.1", "2.1.3", "2.", ".", "2.1+", "2.1+3", "2-1", "5%", "2.1 3.0"])
+def test_full_heads_that_are_none(text):
+    with pytest.raises(SpringtideError) as caught:
+        parse_policy(f"tidal:full_heads={text}")
+    assert str(caught.value) == f"tidal: full_heads is '{text}', but it must be heads as layer.head joined by +."
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3, -1, 6, 40])
+def test_full_heads_of_layers_that_are_not_sparse_are_refused(layer):
+    """Those that are dense anyway, and those that the model has not."""
+    with pytest.raises(SpringtideError) as caught:
+        engine_of(f"{TIDAL},full_heads=2.1+{layer}.1")
+    assert str(caught.value) == (
+        f"tidal: full_heads names KV head 1 of layer {layer}, but only heads 0 to 1 of layers that are sparse can be "
+        "named: 2, 4, 5."
+    )
+
+
+@pytest.mark.parametrize("head", [-1, 2, 3])
+def test_full_heads_that_a_layer_has_not_are_refused(head):
+    with pytest.raises(SpringtideError, match=f"names KV head {head} of layer 4, .* named: 2, 4, 5[.]$"):
+        engine_of(f"{TIDAL},full_heads=4.{head}")
+
+
+def test_full_heads_of_a_sliding_layer_are_refused():
+    with pytest.raises(SpringtideError, match=r"names KV head 0 of layer 4, .* sparse can be named: 5, 7[.]$"):
+        engine_of("tidal:budget=6,full=1,select=3,full_heads=4.0", "qwen2", **DEEP)
+
+
+def test_full_heads_need_a_layer_that_selects():
+    for policy in ("tidal:full_heads=2.1", "tidal:layout=paper,full_heads=4.1"):
+        with pytest.raises(SpringtideError, match=r"no layer that selects first; give select too[.]$"):
+            engine_of(policy)
+
+
+@pytest.mark.filterwarnings("error")
+def test_calibrated_full_heads_are_used_with_calibrated_layers_alone():
+    found = {"full": [0], "select": [1, 3], "full_heads": [[2, 1], [4, 0]]}
+    engine = Engine(tiny("qwen3", num_hidden_layers=6), calibration={"version": VERSION, "tidal": found})
+    assert engine.using("tidal:budget=9").policy == engine.using(HEADS).policy
+    assert engine.using("tidal:budget=9").policy.full_heads == (KVHead(2, 1), KVHead(4, 0))
+    for other in ("layout=paper", LAYERS):
+        assert engine.using(f"tidal:budget=9,{other}").policy.full_heads == ()
+    elsewhere = {"version": VERSION, "tidal": {**found, "full_heads": [[2, 2]]}}
+    with pytest.raises(SpringtideError, match=r"names KV head 2 of layer 2, .*[.]$"):
+        Engine(tiny("qwen3", num_hidden_layers=6), policy="tidal:budget=9", calibration=elsewhere)
+
+
+@pytest.mark.parametrize(
+    "broken", [[[2]], [[2, 1, 0]], [["2", 1]], [[2, 0.5]], ["2.1"], [2, 1], 2, None, [None]], ids=str
+)
+def test_broken_full_heads_of_a_calibration_are_refused(broken, tmp_path):
+    content = {"version": VERSION, "tidal": {"full": [0], "select": [1, 3], "full_heads": [[2, 1]]}}
+    (tmp_path / FILE).write_text(json.dumps(content))
+    assert read_calibration(tmp_path) == content
+    content["tidal"]["full_heads"] = [[2, 1], *broken] if isinstance(broken, list) else broken
+    (tmp_path / FILE).write_text(json.dumps(content))
+    with pytest.raises(SpringtideError, match=r"is broken .* run `springtide calibrate` again or delete the file[.]$"):
+        read_calibration(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("options", ["means=0", "heads=kv", "rows=root", "recent=1,budget=1"])
+def test_with_all_heads_full_the_model_is_dense(name, options):
+    """Soft caps included; the layers of even number slide in gemma2."""
+    layers, heads = (LAYERS, ALL_HEADS) if name == "qwen3" else ("full=1,select=3", "full_heads=5.1+5.0+7.0+7.1")
+    engine = engine_of("dense", name, num_hidden_layers=6 if name == "qwen3" else 8)
+    full, sparse = engine.score(LONG, 40), f"tidal:budget=9,{layers},{options}"
+    torch.testing.assert_close(engine.using(f"{sparse},{heads}").score(LONG, 40), full, atol=1e-6, rtol=0)
+    assert (engine.using(sparse).score(LONG, 40) - full).abs().max() > 1e-4
+    cache = cached(engine, LONG[:70])
+    tree = [50, 51, 52, 53, 54], [PREFIX, 0, 0, 1, 2]
+    rows, _ = rows_after(engine.using(f"{sparse},{heads}"), cache, *tree)
+    torch.testing.assert_close(rows, rows_after(engine, cache, *tree)[0], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "within"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str
+)
+@settings(deadline=None, max_examples=20)
+@given(
+    seed=st.integers(0, 10**6),
+    full=st.sets(st.integers(0, KV_HEADS - 1)),
+    prefix=st.sampled_from([20, 70, 135]),
+    parents=st.sampled_from([(PREFIX,), (PREFIX, 0, 1), TREE]),
+    means=st.sampled_from([0, Share(15)]),
+    softcap=st.sampled_from([None, 2.0]),
+)
+def test_full_heads_are_dense_and_the_others_read_the_selection(
+    dtype, within, seed, full, prefix, parents, means, softcap
+):
+    q, segment = case(seed, prefix, parents, dtype)
+    heads = tuple(KVHead(0, head) for head in sorted(full, reverse=True))
+    sparse = Tidal(budget=9, full=(), select=1, reselect=(), means=means)
+    policy, layer = replace(sparse, full_heads=(*heads, KVHead(2, 0))), Layer(0, SCALE, softcap)
+
+    def read(policy):
+        segment.state, segment.bytes_read = policy.new_state(0), 0
+        segment.state.selected = sparse.best(layer, q, segment)
+        segment.bytes_read = 0
+        return policy.attend(layer, q, segment), segment.bytes_read
+
+    (out, bytes_read), (others, few) = read(policy), read(sparse)
+    keys, values = (x.double() for x in segment.cache.read(0, 0, segment.length))
+    for row in range(len(parents)):
+        slots = seen_by(segment, row)
+        for head in range(KV_HEADS * GROUP):
+            expected = others[row, head].double()
+            if head // GROUP in full:
+                logits = keys[head // GROUP, slots] @ q[row, head].double() * SCALE
+                logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+                expected = logits.softmax(0) @ values[head // GROUP, slots]
+                assert (expected - others[row, head]).abs().max() > 1e-4
+            torch.testing.assert_close(out[row, head].double(), expected, atol=within, rtol=within)
+    assert bytes_read - few == len(full) * 2 * segment.length * HEAD_DIM * dtype.itemsize
+
+
+def test_each_full_head_changes_what_a_model_says():
+    """Each head counts: every set of them gives another output, and all of them the dense one."""
+    engine = engine_of("dense")
+    full = engine.score(PROMPT, 20)
+    off = []
+    for heads in ("", ",full_heads=2.0", ",full_heads=2.1", ",full_heads=2.0+2.1", f",{ALL_HEADS}"):
+        off.append(float((engine.using(TIDAL + heads).score(PROMPT, 20) - full).abs().max()))
+    assert len({*off}) == len(off) and off[-1] < 1e-6 < 1e-2 < min(off[:-1])
+
+
+def test_a_meter_counts_full_heads_as_reading_everything():
+    engine, meter, without = engine_of(HEADS), Meter(), Meter()
+    list(engine.predictions(PROMPT, 20, meter=meter))
+    list(engine.using(TIDAL).predictions(PROMPT, 20, meter=without))
+    mass = {layer: (found / meter.rows[layer]).tolist() for layer, found in meter.mass.items()}
+    assert mass.keys() == {2, 4, 5}
+    for layer, head in ((2, 1), (4, 0)):
+        assert mass[layer][head] == pytest.approx(1) and mass[layer][1 - head] < 0.99
+        assert without.mass[layer][head] / without.rows[layer] < 0.99
+        assert meter.top_k[layer] / meter.rows[layer] < 1
+    assert max(mass[5]) < 0.99
+    whole = Meter()
+    list(engine.using(f"{TIDAL},{ALL_HEADS}").predictions(PROMPT, 20, meter=whole))
+    for layer in (2, 4, 5):
+        assert (whole.mass[layer] / whole.rows[layer]).tolist() == pytest.approx([1, 1])
+        assert whole.top_k[layer] / whole.rows[layer] == pytest.approx(1)
 
 
 # Models with sliding layers: those of even number slide
@@ -734,7 +918,7 @@ def test_streaming_reads_the_sinks_and_the_newest_alone(budget, sinks):
     engine = engine_of(Streaming(budget=budget, sinks=sinks))
     read = {}
 
-    def meter(layer, q, segment, index, mask):
+    def meter(layer, q, segment, index, mask, _):
         read.setdefault(layer.index, []).append(
             [set(i[m].tolist()) for i, m in zip(index[:, 1], mask[:, 1], strict=True)]
         )
@@ -759,6 +943,8 @@ LAYER_BYTES = 2 * 8 * 4  # one token's key in one layer: 2 KV heads of 8 fp32 nu
         # 3 dense layers, of which 2 read all keys again to choose, and 3 that read 9 tokens
         (TIDAL, 3 * 2 * 41 + 2 * 41 + 3 * 2 * 9),
         (MAPPED, 3 * 2 * 41 + 2 * 41 + 3 * 2 * 9),
+        # heads of 8 numbers that read everything, beside what is read for all
+        (HEADS, 3 * 2 * 41 + 2 * 41 + 3 * 2 * 9 + 2 * 41),
         # 30% of 64
         (GROWING, 3 * 2 * 41 + 2 * 41 + 3 * 2 * 20),
         ("streaming:budget=9", 6 * 2 * 9),

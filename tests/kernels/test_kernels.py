@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from springtide import kernels
-from springtide.kernels import Visible, reference
+from springtide.kernels import Means, Visible, native, reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2}
 
@@ -108,6 +109,103 @@ def test_gathered_reads_each_kv_heads_own_slots(case, budget, seed):
     index = order[..., :budget]
     expected = naive(q, k, v, 0.2, lambda row, kv_head: index[row, kv_head].tolist(), softcap)
     assert_near(kernels.attend_gathered(q, k, v, index, 0.2, softcap=softcap), expected)
+
+
+# Means of blocks
+
+
+def means_for(k, count, tokens, seed):
+    """``count`` random means that fit the keys ``k``."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (k.shape[0], count, k.shape[2])
+    return Means(*(torch.randn(shape, generator=generator, dtype=torch.float64).to(k.dtype) for _ in range(2)), tokens)
+
+
+def gathered_slots(case, budget, seed):
+    """Slots of each row and KV head, and a mask that hides some of them, and all of every third row."""
+    q, k, *_ = case
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.rand(len(q), *k.shape[:2], generator=generator).argsort(-1)[..., :budget]
+    mask = torch.rand(index.shape, generator=generator) < 0.5
+    mask[::3] = False
+    return index, mask if seed % 3 else None
+
+
+@settings(deadline=None, max_examples=25)
+@given(cases(), st.integers(1, 12), st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**31))
+def test_a_mean_is_as_many_slots_that_are_all_alike(case, budget, count, tokens, seed):
+    q, k, v, _, softcap = case
+    q, k, v = q[:3].double(), k.double(), v.double()
+    index, mask = gathered_slots((q, k), budget, seed)
+    means = means_for(k, count, tokens, seed)
+    keys = torch.cat([k, means.keys.repeat_interleave(tokens, 1)], 1)
+    values = torch.cat([v, means.values.repeat_interleave(tokens, 1)], 1)
+    blocks = list(range(k.shape[1], keys.shape[1]))
+
+    def visible(row, kv_head):
+        slots = index[row, kv_head]
+        return (slots if mask is None else slots[mask[row, kv_head]]).tolist() + blocks
+
+    expected = naive(q, keys, values, 0.2, visible, softcap)
+    assert_near(reference.attend_gathered(q, k, v, index, 0.2, mask, softcap, means), expected)
+
+
+@pytest.mark.parametrize("level", ["native", "torch"])
+@settings(deadline=None, max_examples=60)
+@given(cases(), st.integers(1, 70), st.integers(1, 20), st.sampled_from([1, 2, 64, 4096]), st.integers(0, 2**31))
+def test_gathered_with_means_equals_reference(level, case, budget, count, tokens, seed):
+    q, k, v, _, softcap = case
+    index, mask = gathered_slots(case, budget, seed)
+    means = means_for(k, count, tokens, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        if level == "torch":
+            patch.setattr(native, "level", lambda: None)
+        got = kernels.attend_gathered(q, k, v, index, 0.2, mask, softcap, means)
+    wide = Means(means.keys.double(), means.values.double(), tokens)
+    assert got.dtype == q.dtype
+    assert_near(got, reference.attend_gathered(q.double(), k.double(), v.double(), index, 0.2, mask, softcap, wide))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("tokens", [1, 64, 4096])
+def test_blocks_weigh_as_many_as_their_tokens(dtype, tokens):
+    """Where all logits are equal, the values alone are averaged; a block's is 1, a slot's is 0."""
+    q, k = torch.zeros(1, 2, 32, dtype=dtype), torch.randn(1, 400, 32, dtype=torch.float64).to(dtype)
+    means = Means(k[:, :3], torch.ones_like(k[:, :3]), tokens)
+    got = kernels.attend_gathered(q, k, torch.zeros_like(k), torch.arange(300).view(1, 1, 300), 1.0, means=means)
+    assert_near(got, torch.full((1, 2, 32), 3 * tokens / (3 * tokens + 300), dtype=torch.float64), dtype)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(0, 4), st.sampled_from([1, 3, 64, 512]))
+def test_means_of_blocks(seed, blocks, more, tokens):
+    """In fp32 at least: 512 numbers near 100 would be lost in bf16. Blocks in parts are blocks in one."""
+    generator = torch.Generator().manual_seed(seed)
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
+        buffer = (100 + torch.randn(2, 2, 9 * tokens, 8, generator=generator, dtype=torch.float64)).to(dtype)
+        keys, values = buffer[:, :, tokens : (blocks + 1 + more) * tokens]
+        means = Means.of(keys, values, tokens)
+        assert (means.count, means.tokens, means.keys.dtype) == (blocks + more, tokens, dtype)
+        assert means.nbytes == 2 * 2 * (blocks + more) * 8 * dtype.itemsize
+        for got, slots in ((means.keys, keys), (means.values, values)):
+            for block in range(blocks + more):
+                plain = slots[:, block * tokens : (block + 1) * tokens].double().mean(1)
+                torch.testing.assert_close(got[:, block].double(), plain, atol=0, rtol=tolerance)
+        first = means.cut(blocks)
+        assert (first.count, first.tokens, means.count, means.cut(99).count) == (
+            blocks,
+            tokens,
+            blocks + more,
+            means.count,
+        )
+        assert torch.equal(first.keys, means.keys[:, :blocks]) and torch.equal(first.values, means.values[:, :blocks])
+        if more:
+            joined = first.followed_by(Means.of(keys[:, blocks * tokens :], values[:, blocks * tokens :], tokens))
+            assert torch.equal(joined.keys, means.keys) and torch.equal(joined.values, means.values)
+            assert joined.tokens == tokens and first.count == blocks
+        before = means.keys.clone()
+        keys.zero_()
+        assert torch.equal(means.keys, before), "they are no view of the cache"
 
 
 @settings(deadline=None, max_examples=20)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from springtide import kernels
 from springtide.engine.cache import Cache
 from springtide.engine.rows import PREFIX, Segment
-from springtide.kernels import Visible, native, reference
+from springtide.kernels import Means, Visible, native, reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -91,6 +91,53 @@ def test_attend_gathered(level, data, rows, budget):
 
 
 @for_every_level
+@settings(deadline=None, max_examples=60)
+@given(
+    st.data(),
+    st.sampled_from([(1, 1), (1, 900), (1, 4000), (2, 7000), (3, 64), (17, 300), (64, 31), (70, 200), (70, 600)]),
+    st.sampled_from([1, 2, 15, 16, 31, 64, 65, 200]), st.sampled_from([1, 2, 3, 64, 512, 4096]),
+    st.sampled_from([8, 20, 64, 72, 100, 128]), st.sampled_from([0.0, 0.1, 0.6]),
+)  # fmt: skip
+def test_attend_gathered_with_means(level, data, shape, count, tokens, head_dim, shown):
+    """Spans of slots, of which a row may see none, and blocks that weigh little or nearly everything."""
+    case, (rows, budget) = Draw(data), shape
+    case.head_dim, case.scale = head_dim, head_dim**-0.5
+    q, k, v = case.q(rows), case.slots(budget + 30), case.slots(budget + 30)
+    index = torch.rand(rows, case.kv_heads, budget + 30, generator=case.generator).argsort(-1)[..., :budget]
+    means = Means(case.slots(count), case.slots(count), tokens)
+    mask = None
+    if data.draw(st.booleans()):
+        mask = torch.rand(index.shape, generator=case.generator) < shown
+        mask[::2, :, 0] = True
+        mask[1::3] = False
+    got = native.attend(level, q, k, v, case.scale, None, case.softcap, index, mask, means)
+    wide = Means(means.keys.double(), means.values.double(), tokens)
+    expected = reference.attend_gathered(
+        q.double(), k.double(), v.double(), index, case.scale, mask, case.softcap, wide
+    )
+    assert got.dtype == case.dtype
+    near(got, expected, TOLERANCE[case.dtype])
+
+
+@for_every_level
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_means_may_lie_in_any_order(level, dtype):
+    """A part of a longer tensor, which is read where it lies, and one with the heads inside."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 6, 40), (3, 90, 40), (3, 90, 40)))
+    keys, values = (torch.randn(3, 200, 40, generator=generator).to(dtype) for _ in range(2))
+    index = torch.rand(2, 3, 90, generator=generator).argsort(-1)[..., :50]
+    whole = Means(keys[:, 20:57].contiguous(), values[:, 20:57].contiguous(), 64)
+    expected = native.attend(level, q, k, v, 0.2, None, None, index, None, whole)
+    parts = Means(keys[:, 20:], values[:, 20:], 64).cut(37)
+    inside = Means(*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (whole.keys, whole.values)), 64)
+    turned = Means(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (whole.keys, whole.values)), 64)
+    assert not any(x.is_contiguous() for x in (parts.keys, inside.keys, turned.values))
+    for means in (parts, inside, turned, Means(parts.keys, whole.values, 64), Means(whole.keys, parts.values, 64)):
+        assert torch.equal(native.attend(level, q, k, v, 0.2, None, None, index, None, means), expected)
+
+
+@for_every_level
 def test_long_prefixes_are_cut_and_joined(level):
     """Far more slots than a unit of work has, with logits that grow along them."""
     generator = torch.Generator().manual_seed(0)
@@ -109,6 +156,10 @@ def test_a_row_is_the_same_alone_and_among_others(level, dtype):
     q = torch.randn(40, 8, 64, generator=generator).to(dtype)
     k, v = (torch.randn(2, 5040, 64, generator=generator).to(dtype) for _ in range(2))
     positions = torch.arange(5000, 5040, dtype=torch.int32)
+    index = torch.rand(40, 2, 5000, generator=generator).argsort(-1)[..., :3000].contiguous()
+    mask = torch.rand(index.shape, generator=generator) < 0.5
+    means = Means.of(k[:, :4992], v[:, :4992], 64)
+    gathered = native.attend(level, q, k, v, 0.2, None, None, index, mask, means)
     together = native.attend(level, q, k, v, 0.2, Visible(5000, 5040, positions), None)
     chosen = native.choose(level, q, k, 0.2, Visible(5000, 5040, positions), 99, **PLAIN)
     weight = torch.randn(48, 512, generator=generator).to(dtype)
@@ -118,6 +169,9 @@ def test_a_row_is_the_same_alone_and_among_others(level, dtype):
         alone = Visible(5000 + row, 5001 + row, positions[row : row + 1])
         seen_k, seen_v = k[:, : 5001 + row], v[:, : 5001 + row]
         assert torch.equal(native.attend(level, q[row : row + 1], seen_k, seen_v, 0.2, alone, None)[0], together[row])
+        own = (index[row : row + 1], mask[row : row + 1])
+        only = native.attend(level, q[row : row + 1], seen_k, seen_v, 0.2, None, None, *own, means)
+        assert torch.equal(only[0], gathered[row])
         assert torch.equal(native.choose(level, q[row : row + 1], seen_k, 0.2, alone, 99, **PLAIN)[0], chosen[row])
         assert torch.equal(native.linear(level, x[row : row + 1], weight)[0], product[row])
 
@@ -127,11 +181,14 @@ def test_a_row_is_the_same_alone_and_among_others(level, dtype):
 def test_threads_change_nothing(level, threads):
     generator = torch.Generator().manual_seed(2)
     q, k = torch.randn(3, 4, 32, generator=generator), torch.randn(1, 5000, 32, generator=generator)
+    index, means = torch.arange(4000).expand(3, 1, -1), Means.of(k, k, 100)
     before = torch.get_num_threads()
     expected = native.attend(level, q, k, k, 0.2, None, None)
+    gathered = native.attend(level, q, k, k, 0.2, None, None, index, None, means)
     torch.set_num_threads(threads)
     try:
         assert torch.equal(native.attend(level, q, k, k, 0.2, None, None), expected)
+        assert torch.equal(native.attend(level, q, k, k, 0.2, None, None, index, None, means), gathered)
     finally:
         torch.set_num_threads(before)
 

@@ -10,7 +10,7 @@ from springtide.attention.baselines import Oracle, Quest, Streaming
 from springtide.attention.policy import Policy
 from springtide.attention.tidal import Tidal
 from springtide.errors import SpringtideError
-from springtide.options import Share, at_least
+from springtide.options import KVHead, Share, at_least
 
 POLICIES: dict[str, type[Policy]] = {cls.name: cls for cls in (Policy, Tidal, Quest, Streaming, Oracle)}
 
@@ -73,8 +73,13 @@ def _convert(where: str, kind: Any, value: str) -> Any:
     try:
         if shares and "%" in value:
             return Share.parse(value)
-        return tuple(int(part) for part in value.split("+")) if get_origin(kind) is tuple else int(value)
+        if get_origin(kind) is tuple:
+            read = KVHead.parse if get_args(kind)[0] is KVHead else int
+            return tuple(read(part) for part in value.split("+"))
+        return int(value)
     except ValueError:
-        wanted = "whole numbers joined by +" if get_origin(kind) is tuple else "a whole number"
+        wanted = "a whole number"
+        if get_origin(kind) is tuple:
+            wanted = "heads as layer.head joined by +" if get_args(kind)[0] is KVHead else "whole numbers joined by +"
         wanted += ", or a share such as 5%" if shares else ""
         raise SpringtideError(f"{where} is '{value}', but it must be {wanted}.") from None

@@ -30,6 +30,9 @@ def read_file(path: Path) -> dict[str, Any] | None:
         layers = [*layout["full"], *layout["select"]]
         if not layout["select"] or not all(isinstance(layer, int) for layer in layers):
             raise ValueError("the layers are not whole numbers")
+        for pair in layout.get("full_heads", ()):
+            if len(pair) != 2 or not all(isinstance(number, int) for number in pair):
+                raise ValueError("full_heads are not pairs of a layer and a head")
         for layer, sets in layout.get("map", {}).items():
             if not layer.isdigit() or not all(isinstance(head, int) for head in sets):
                 raise ValueError("the map is not lists of whole numbers")

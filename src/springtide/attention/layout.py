@@ -1,171 +1,138 @@
-"""Which layers of TidalDecode stay dense and which of them select: the layouts that are predicted to change least.
+"""What of TidalDecode is dense and which layers select: the layouts that are predicted to change least.
 
-What a layout changes is predicted from *effects* (:mod:`springtide.evaluation.effects`): a column for each pair of a
-selecting and a reading layer. If what sparse layers do wrong is unrelated, their squares add up, and dynamic
-programming over layers finds the best layouts exactly; if it is not, the columns add up before they are squared, and
-the best layouts are looked for step by step from there. Which of them is best is for a measurement of the model's
-output to say.
+What a layout changes is predicted from *effects* (:mod:`springtide.evaluation.effects`): a column for each selecting
+layer and each KV head that reads its choice. If what heads do wrong is unrelated, the columns' squares add up; if it is
+not, the columns add up before they are squared. Given the layers that select, KV heads are made dense one by one, each
+the one that then leaves the least loss; the layers that select are looked for step by step. Which layout is best is
+for a measurement of the model's output to say.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
+import torch
 from torch import Tensor
 
-NONE = -1  # no layer has selected yet
-ROLES = ("full", "select")  # of dense layers; the others are sparse
+from springtide.options import KVHead
 
-Loss = Callable[[Sequence[tuple[int, int]]], float]
-"""What the pairs (selecting, reading), as places in the list of layers, are predicted to lose together."""
+BATCH = 64  # choices of selecting layers that are looked at side by side
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Layout:
-    """``loss``: predicted divergence from dense predictions, nats a token; the layers ``full`` and ``select``."""
+    """What is dense: the layers ``full``, the layers ``select``, which also choose tokens, and single KV heads.
 
-    loss: float
+    ``loss`` is the predicted divergence from dense predictions, nats a token. Layouts are equal that are dense alike.
+    """
+
     full: tuple[int, ...]
     select: tuple[int, ...]
+    full_heads: tuple[KVHead, ...] = ()
+    loss: float = field(default=0.0, compare=False)
 
     @property
     def options(self) -> dict[str, Any]:
         """Options of the tidal policy."""
-        return {"full": self.full, "select": self.select[0], "reselect": self.select[1:]}
+        first, *others = self.select
+        return {"full": self.full, "full_heads": self.full_heads, "select": first, "reselect": tuple(others)}
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``springtide.json`` has it."""
+        heads = [list(head) for head in self.full_heads]
+        return {"full": list(self.full), "select": list(self.select), "full_heads": heads}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The loss of pairs from ``effects [N, selecting, reading]``: the share ``joint`` of it of their sum, squared.
+    """Predicts losses from ``effects [N, selecting, reading, KV head]`` of pairs of ``layers``.
 
-    The rest is the sum of their squares.
+    A loss is the share ``joint`` of its columns' sum, squared, and the rest of the sum of their squares.
     """
 
     effects: Tensor
+    layers: Sequence[int]
     joint: float
 
-    @cached_property
-    def alone(self) -> Tensor:
-        """What each pair loses by itself, ``[selecting, reading]``."""
-        return self.effects.square().sum(0)
+    def layouts(self, choices: Iterable[tuple[int, ...]], dense: int) -> list[Layout]:
+        """For each choice of layers that select, the layout with as many dense KV heads as ``dense`` layers have.
 
-    def __call__(self, pairs: Sequence[tuple[int, int]]) -> float:
-        selecting, reading = (list(places) for places in zip(*pairs, strict=True))
-        together = self.effects[:, selecting, reading].sum(1).square().sum()
-        return float(self.joint * together + (1 - self.joint) * self.alone[selecting, reading].sum())
+        Layers before the first that selects are full. Choices for which that is too few heads are left out, and those
+        that leave none sparse. The best come first.
+        """
+        places = {layer: place for place, layer in enumerate(self.layers)}
+        chosen = [sorted(places[layer] for layer in choice) for choice in choices]
+        batches = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
+        found = dict.fromkeys(layout for batch in batches for layout in self._filled(batch, dense))
+        return sorted(found, key=lambda layout: layout.loss)
 
+    def _filled(self, choices: Sequence[Sequence[int]], dense: int) -> list[Layout]:
+        """The same for a few choices of places in the list of layers."""
+        count, kv_heads = self.effects.shape[2:]
+        sources = torch.tensor([[_before(place, choice) for place in range(count)] for choice in choices])
+        sparse = (sources >= 0)[:, :, None].expand(-1, -1, kv_heads).flatten(1)  # [choices, all KV heads]
+        columns = self.effects[:, sources, torch.arange(count)].flatten(2).permute(1, 2, 0) * sparse[:, :, None]
+        products = columns @ columns.transpose(1, 2)
+        alone, with_sum = products.diagonal(dim1=1, dim2=2), products.sum(2)
+        together, apart = with_sum.sum(1), alone.sum(1)
+        left = dense * kv_heads - (~sparse).sum(1)
+        rows = torch.arange(len(choices))
+        for step in range(max(0, int(left.max()))):
+            gain = self.joint * (2 * with_sum - alone) + (1 - self.joint) * alone
+            gain, head = gain.masked_fill(~sparse, -torch.inf).max(1)
+            taken = (step < left) & gain.isfinite()
+            sparse[rows[taken], head[taken]] = False
+            together = together - taken * (2 * with_sum[rows, head] - alone[rows, head])
+            apart = apart - taken * alone[rows, head]
+            with_sum = with_sum - taken[:, None] * products[rows, head]
+        losses = (self.joint * together + (1 - self.joint) * apart).clamp(min=0).tolist()
+        return [
+            self._layout(loss, source, heads.view(count, kv_heads).tolist())
+            for loss, source, heads, rest in zip(losses, sources.tolist(), sparse, left, strict=True)
+            if rest >= 0 and heads.any()
+        ]
 
-def layout_of(loss: Loss, layers: Sequence[int], roles: Sequence[str]) -> Layout | None:
-    """The layout in which ``layers[i]`` has role ``"full"``, ``"select"`` or ``"sparse"``; None if it makes no sense.
-
-    A sparse layer needs a selection before it, and every selection needs a sparse layer that reads it.
-    """
-    last, read, pairs = NONE, True, []
-    for j, role in enumerate(roles):
-        if role == "select":
-            if not read:
-                return None
-            last, read = j, False
-        elif role == "sparse":
-            if last == NONE:
-                return None
-            pairs.append((last, j))
-            read = True
-    if not read or not pairs:
-        return None
-    full, select = (tuple(layer for layer, r in zip(layers, roles, strict=True) if r == role) for role in ROLES)
-    return Layout(loss(pairs), full, select)
-
-
-def roles_of(layout: Layout, layers: Sequence[int]) -> list[str]:
-    """The role of each of the layers."""
-    return ["full" if x in layout.full else "select" if x in layout.select else "sparse" for x in layers]
-
-
-def rated(layout: Layout, loss: Loss, layers: Sequence[int]) -> Layout:
-    """The same layout with what it is predicted to lose by another measure."""
-    found = layout_of(loss, layers, roles_of(layout, layers))
-    assert found is not None, "the layout made sense"
-    return found
-
-
-def neighbours(layout: Layout, loss: Loss, layers: Sequence[int]) -> list[Layout]:
-    """Layouts that differ by one dense layer's role, or by its place; best first."""
-    roles = roles_of(layout, layers)
-    found = []
-    for i, role in enumerate(roles):
-        if role == "sparse":
-            continue
-        for j, other in enumerate(roles):
-            if j != i and other != "sparse":
-                continue
-            for new in ROLES:
-                changed = list(roles)
-                changed[i], changed[j] = ("sparse", new) if j != i else (new, new)
-                found.append(layout_of(loss, layers, changed))
-    return sorted({other for other in found if other is not None and other != layout})
+    def _layout(self, loss: float, sources: list[int], sparse: list[list[bool]]) -> Layout:
+        """A layer whose heads are all dense is full, unless it selects what is read."""
+        select = {source for source, heads in zip(sources, sparse, strict=True) if any(heads)}
+        full = [place for place, heads in enumerate(sparse) if not any(heads) and place not in select]
+        single = [
+            KVHead(self.layers[place], head)
+            for place, heads in enumerate(sparse)
+            for head, reads in enumerate(heads)
+            if any(heads) and not reads
+        ]
+        full_layers, selecting = (tuple(self.layers[place] for place in places) for places in (full, sorted(select)))
+        return Layout(full_layers, selecting, tuple(single), loss)
 
 
-def extended(layout: Layout, loss: Loss, layers: Sequence[int], dense: int) -> Layout | None:
-    """The layout with more dense layers, ``dense`` in all, each the one with which it loses least then.
-
-    None where a selection would be left that no layer reads.
-    """
-    roles = roles_of(layout, layers)
-    while len(roles) - roles.count("sparse") < dense:
-        sparse = [i for i, role in enumerate(roles) if role == "sparse"]
-        more = [[*roles[:i], new, *roles[i + 1 :]] for i in sparse for new in ROLES]
-        found = {other: roles for roles in more if (other := layout_of(loss, layers, roles))}
-        if not found:
-            return None
-        layout = min(found)
-        roles = found[layout]
-    return layout
+def _before(place: int, selecting: Sequence[int]) -> int:
+    """The last selecting place before a place whose layer reads it; -1 for one that selects or comes before all."""
+    return max((other for other in selecting if other < place), default=-1) if place not in selecting else -1
 
 
-def search(loss: Prediction, layers: Sequence[int], dense: int, count: int) -> list[Layout]:
-    """Layouts with ``dense`` dense layers that lose little, best first, ``count`` at most.
+def neighbours(layout: Layout, prediction: Prediction, dense: int) -> list[Layout]:
+    """Layouts in which one layer more selects, one less, or another one instead; best first."""
+    own = set(layout.select)
+    less = [own - {layer} for layer in own]
+    more = [start | {layer} for start in (own, *less) for layer in prediction.layers if layer not in own]
+    found = prediction.layouts(sorted({tuple(sorted(choice)) for choice in less + more if choice}), dense)
+    return [other for other in found if other != layout]
 
-    From each of the ``count`` layouts whose pairs lose least by themselves, to the best neighbour while there is a
+
+def search(prediction: Prediction, dense: int, starts: int) -> Layout:
+    """The layout with as many dense KV heads as ``dense`` layers have, not all, that is predicted to lose least.
+
+    From each of the best ``starts`` of those in which one or two layers select, to the best neighbour while there is a
     better one.
     """
-    found = set()
-    for start in best_layouts(loss.alone.tolist(), layers, dense, count):
-        best = rated(start, loss, layers)
-        while (better := neighbours(best, loss, layers)) and better[0].loss < best.loss:
-            best = better[0]
-        found.add(best)
-    return sorted(found)
-
-
-def best_layouts(alone: Sequence[Sequence[float]], layers: Sequence[int], dense: int, count: int) -> list[Layout]:
-    """The ``count`` layouts whose pairs' losses have the smallest sum, with ``dense`` dense ones of ``layers``.
-
-    ``alone[i][j]`` is for selection at ``layers[i]`` and reading at ``layers[j]``. Layers before the first selection
-    are full; a later layer is sparse, full (the selection stands), or selects. A state is the number of dense layers
-    used, the layer that selected last and whether a sparse layer has read its choice (a selection that none reads is a
-    full layer, so it is not tried); each state keeps its ``count`` best beginnings.
-    """
-    states: dict[tuple[int, int, bool], list[Layout]] = {(0, NONE, True): [Layout(0.0, (), ())]}
-    for j, layer in enumerate(layers):
-        following: dict[tuple[int, int, bool], list[Layout]] = {}
-        for (used, last, read), layouts in states.items():
-            for layout in layouts:
-                if last != NONE:
-                    sparse = Layout(layout.loss + alone[last][j], layout.full, layout.select)
-                    following.setdefault((used, last, True), []).append(sparse)
-                if used < dense:
-                    full = Layout(layout.loss, (*layout.full, layer), layout.select)
-                    following.setdefault((used + 1, last, read), []).append(full)
-                if used < dense and read:
-                    select = Layout(layout.loss, layout.full, (*layout.select, layer))
-                    following.setdefault((used + 1, j, False), []).append(select)
-        states = {state: heapq.nsmallest(count, layouts) for state, layouts in following.items()}
-    finished = [
-        x for (used, last, read), found in states.items() if used == dense and last != NONE and read for x in found
-    ]
-    return heapq.nsmallest(count, finished)
+    choices = [choice for count in (1, 2) for choice in combinations(prediction.layers, count)]
+    found = []
+    for layout in prediction.layouts(choices, dense)[:starts]:
+        while (near := neighbours(layout, prediction, dense)) and near[0].loss < layout.loss:
+            layout = near[0]
+        found.append(layout)
+    return min(found, key=lambda layout: layout.loss)

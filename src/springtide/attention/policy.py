@@ -15,9 +15,11 @@ from torch import Tensor
 from springtide import kernels
 from springtide.engine.rows import Segment
 from springtide.engine.spec import ModelSpec
+from springtide.kernels import Means
 from springtide.options import Share, amount, at_least, option
 
 STEP = 64  # tokens of context by which a budget that is a share of it grows
+EVERY = slice(None)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class State:
     """
 
     exact: int = 0
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from position ``length`` on."""
+        self.exact = min(self.exact, length)
 
 
 @dataclass(frozen=True)
@@ -111,28 +117,46 @@ class Sparse(Policy):
     def named_budget(self) -> int | str:
         return str(self.budget) if isinstance(self.budget, Share) else self.budget
 
+    @property
+    def stepwise(self) -> bool:
+        """Whether what a row reads changes with each ``STEP`` of context."""
+        return isinstance(self.budget, Share)
+
     def headroom(self, state: State, length: int) -> int | None:
-        return STEP - length % STEP if isinstance(self.budget, Share) else None
+        steps = [STEP - length % STEP] if self.stepwise else []
+        held = self.budget_at(length + 1) - length  # tokens more that the budget holds
+        return min([*steps, held] if held > 0 else steps, default=None)
 
     def tokens(self, segment: Segment) -> int:
         """The budget of the segment's rows."""
         return self.budget_at(segment.prefix + 1)
 
     def covers(self, segment: Segment) -> bool:
-        """Whether the budget holds everything that the segment's rows may see."""
-        return self.tokens(segment) >= segment.prefix + len(segment.tokens)
+        """Whether the budget holds what the segment's rows may see; more than ``headroom`` of them are not kept."""
+        return self.tokens(segment) > segment.prefix
 
 
-def dense(layer: Layer, q: Tensor, segment: Segment) -> Tensor:
-    """Attention over everything that the layer lets the rows see."""
+def dense(layer: Layer, q: Tensor, segment: Segment, heads: slice = EVERY) -> Tensor:
+    """Attention over everything that the layer lets the rows see, of the KV ``heads`` whose queries ``q`` are."""
     start = 0 if layer.window is None else max(0, segment.prefix - layer.window + 1)
-    keys, values = segment.cache.read(layer.index, start, segment.length)
+    keys, values = (x[heads] for x in segment.cache.read(layer.index, start, segment.length))
     segment.bytes_read += keys.nbytes + values.nbytes
     return kernels.attend(q, keys, values, layer.scale, segment.seen(layer.window, start), layer.softcap)
 
 
-def gathered(layer: Layer, q: Tensor, segment: Segment, index: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Attention over slots ``index [R, H_kv, B]`` alone, less those that a row may not see or ``valid`` excludes."""
+def gathered(
+    layer: Layer,
+    q: Tensor,
+    segment: Segment,
+    index: Tensor,
+    valid: Tensor | None = None,
+    means: Means | None = None,
+    full_heads: Sequence[int] = (),
+) -> Tensor:
+    """Attention over slots ``index [R, H_kv, B]`` alone, less those that a row may not see or ``valid`` excludes.
+
+    ``means`` stand for slots that are not read. The KV heads ``full_heads`` attend to everything instead.
+    """
     keys, values = segment.cache.read(layer.index, 0, segment.length)
     mask = segment.seen().mask
     if mask is not None:
@@ -140,6 +164,13 @@ def gathered(layer: Layer, q: Tensor, segment: Segment, index: Tensor, valid: Te
     if valid is not None:
         mask = valid if mask is None else mask & valid
     if segment.meter is not None:
-        segment.meter(layer, q, segment, index, torch.ones_like(index, dtype=torch.bool) if mask is None else mask)
+        read = torch.ones_like(index, dtype=torch.bool) if mask is None else mask
+        segment.meter(layer, q, segment, index, read, full_heads)
     segment.bytes_read += index.numel() * keys.shape[2] * (keys.element_size() + values.element_size())
-    return kernels.attend_gathered(q, keys, values, index, layer.scale, mask, layer.softcap)
+    segment.bytes_read += 0 if means is None else len(index) * means.nbytes
+    out = kernels.attend_gathered(q, keys, values, index, layer.scale, mask, layer.softcap, means)
+    group = q.shape[1] // len(keys)
+    for head in full_heads:
+        queries = slice(head * group, (head + 1) * group)
+        out[:, queries] = dense(layer, q[:, queries], segment, slice(head, head + 1))
+    return out

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from springtide import kernels
 from springtide.attention.calibration import VERSION
-from springtide.attention.policy import Layer, Sparse, State, dense, gathered
+from springtide.attention.policy import STEP, Layer, Sparse, State, dense, gathered
 from springtide.engine.rows import Segment
 from springtide.engine.spec import ModelSpec
 from springtide.errors import SpringtideError
-from springtide.options import Share, amount, at_least, option
+from springtide.kernels import Means
+from springtide.options import KVHead, Share, amount, at_least, option
 
 
 class NotCalibratedError(SpringtideError):
@@ -47,9 +48,17 @@ def paper(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 @dataclass
 class TidalState(State):
-    """``selected [R, H_kv, B]``: the slots that sparse layers read in the present pass, once a layer has chosen."""
+    """``selected [R, H_kv, B]``: the slots that sparse layers read in the present pass, once a layer has chosen.
+
+    ``means``: of the committed tokens, by layer.
+    """
 
     selected: Tensor | None = None
+    means: Mapping[int, Means] = field(default_factory=dict)
+
+    def crop(self, length: int) -> None:
+        super().crop(length)
+        self.means = {layer: known.cut(length // known.tokens) for layer, known in self.means.items()}
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,20 @@ class Tidal(Sparse):
     """A few layers attend to everything and select tokens; the layers between them read those positions only.
 
     While decoding, ``full`` layers are dense, ``select`` and ``reselect`` layers are dense and choose the ``budget``
-    tokens that their queries want most, and every other layer reads the choice of the last layer that made one.
-    Prompts are dense. Layers with a sliding window keep it and take no part. With a budget of at least the context
-    this is dense attention.
+    tokens that their queries want most, and every other layer reads the choice of the last layer that made one, but for
+    its ``full_heads``, which are dense: heads that look for what no selection has. Prompts are dense. Layers with a
+    sliding window keep it and take no part. With a budget of at least the context this is dense attention.
+
+    What is not selected is not left out: blocks of tokens are read by their mean key and value, inside the budget. A
+    block has a power of two times ``STEP`` tokens, as many as it takes for the ``means`` to be so few.
     """
 
     name: ClassVar[str] = "tidal"
 
     full: tuple[int, ...] | None = option(None, "layers that attend to everything, e.g. 0+1 (default: as layout says)")
+    full_heads: tuple[KVHead, ...] | None = option(
+        None, "KV heads of other layers that do so too, as layer.head, e.g. 8.2+14.0 (default: as layout says)"
+    )
     select: int | None = option(None, "first layer that selects tokens (default: as layout says)")
     reselect: tuple[int, ...] | None = option(None, "layers that select anew, e.g. 13 or 5+9 (default: as layout says)")
     layout: Literal["calibrated", "paper"] = option(
@@ -81,6 +96,10 @@ class Tidal(Sparse):
         "max", "how query heads are joined in selecting: by their largest logit, or by the mean of their probabilities"
     )
     rows: Literal["each", "root"] = option("each", "each: every row of a draft tree selects; root: the first for all")
+    means: int | Share = option(
+        Share(15),
+        "means of blocks of tokens that are read in place of what is not selected, inside the budget, or a share of it",
+    )
     correct: int | None = option(
         None, "after this many sparse tokens, run them again densely together with the next one"
     )
@@ -102,6 +121,14 @@ class Tidal(Sparse):
         """``map`` by layer."""
         return {layer: list(heads) for layer, heads in self.map or ()}
 
+    @cached_property
+    def dense_heads(self) -> dict[int, list[int]]:
+        """``full_heads`` by layer."""
+        found: dict[int, list[int]] = {}
+        for layer, head in self.full_heads or ():
+            found.setdefault(layer, []).append(head)
+        return found
+
     @property
     def dense_layers(self) -> tuple[int, ...]:
         """Layers that read the whole cache; the policy is resolved."""
@@ -110,6 +137,7 @@ class Tidal(Sparse):
     def resolve(self, spec: ModelSpec) -> Self:
         at_least(self.sinks, 0, f"{self.name}: sinks")
         at_least(self.recent, 0, f"{self.name}: recent")
+        at_least(self.means, 0, f"{self.name}: means")
         if self.correct is not None:
             at_least(self.correct, 1, f"{self.name}: correct")
         resolved = replace(super().resolve(spec), **self._layers(spec))
@@ -119,9 +147,11 @@ class Tidal(Sparse):
     def _layers(self, spec: ModelSpec) -> dict[str, Any]:
         """The layers: as given; else calibrated, or the paper's."""
         if self.select is not None:
-            return {"full": self.full or (), "reselect": self.reselect or ()}
-        if self.full is not None or self.reselect is not None:
-            raise SpringtideError("tidal: full or reselect is given, but no layer that selects first; give select too.")
+            return {"full": self.full or (), "reselect": self.reselect or (), "full_heads": self.full_heads or ()}
+        if any(option is not None for option in (self.full, self.reselect, self.full_heads)):
+            raise SpringtideError(
+                "tidal: full, full_heads or reselect is given, but no layer that selects first; give select too."
+            )
         if self.layout == "calibrated":
             if spec.calibration is None:
                 raise NotCalibratedError
@@ -135,14 +165,14 @@ class Tidal(Sparse):
         else:
             found = paper(spec)
         full, select = (tuple(found[role]) for role in ("full", "select"))
-        return {"full": full, "select": select[0], "reselect": select[1:]}
+        heads = tuple(KVHead(*pair) for pair in found.get("full_heads", ()))
+        return {"full": full, "select": select[0], "reselect": select[1:], "full_heads": heads}
 
     def _head_map(self, spec: ModelSpec) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """The map for the policy's own layers; raises SpringtideError where calibration learnt none for them."""
         learnt = ((spec.calibration or {}).get("tidal", {}).get("map") or {}).items()
         found = self.map or tuple((int(layer), tuple(sets)) for layer, sets in learnt)
-        sparse = {layer for layer in spec.global_layers if layer not in self.dense_layers}
-        if {layer for layer, _ in found} != sparse:
+        if [layer for layer, _ in found] != self._sparse(spec):
             raise SpringtideError(
                 "tidal: heads=map needs a map that calibration learnt for these layers; run `springtide calibrate` "
                 "and leave out full, select and reselect, or use heads=all."
@@ -154,6 +184,10 @@ class Tidal(Sparse):
                 "run `springtide calibrate` again."
             )
         return found
+
+    def _sparse(self, spec: ModelSpec) -> list[int]:
+        """Layers that read a selection."""
+        return [layer for layer in spec.global_layers if layer not in self.dense_layers]
 
     def _check_layers(self, spec: ModelSpec) -> None:
         named = self.dense_layers
@@ -169,6 +203,12 @@ class Tidal(Sparse):
                 f"choose among {', '.join(map(str, spec.global_layers))}."
             )
         assert self.select is not None
+        for layer, head in self.full_heads or ():
+            if layer in named or layer not in spec.global_layers or not 0 <= head < spec.kv_heads:
+                raise SpringtideError(
+                    f"tidal: full_heads names KV head {head} of layer {layer}, but only heads 0 to {spec.kv_heads - 1} "
+                    f"of layers that are sparse can be named: {', '.join(map(str, self._sparse(spec)))}."
+                )
         early = [layer for layer in spec.global_layers if layer < min(self.selecting) and layer not in named]
         if early:
             raise SpringtideError(
@@ -185,6 +225,10 @@ class Tidal(Sparse):
         due = prefilling or length - state.exact >= self.correct
         return state.exact if due else length
 
+    @property
+    def stepwise(self) -> bool:
+        return super().stepwise or self.means not in (0, Share(0))
+
     def headroom(self, state: State, length: int) -> int | None:
         limits = [] if self.correct is None else [self.correct - (length - state.exact)]
         growth = super().headroom(state, length)
@@ -200,7 +244,36 @@ class Tidal(Sparse):
             return dense(layer, q, segment)
         assert state.selected is not None
         index = state.selected if self.map is None else state.selected[:, self.sets[layer.index]]
-        return gathered(layer, q, segment, index)
+        return self.sparse(layer, q, segment, index)
+
+    def sparse(self, layer: Layer, q: Tensor, segment: Segment, index: Tensor) -> Tensor:
+        """Attention of a layer that reads slots ``index [R, H_kv, B]``, which another one chose: ``[R, H, D]``."""
+        means = self.stand_ins(layer, segment)
+        return gathered(layer, q, segment, index, means=means, full_heads=self.dense_heads.get(layer.index, ()))
+
+    def blocks(self, segment: Segment) -> tuple[int, int]:
+        """How many blocks are read by their means, and how many tokens each of them has."""
+        budget, tokens = self.tokens(segment), STEP
+        most = min(amount(self.means, budget), budget - 1)
+        while most and segment.prefix // tokens > most:
+            tokens *= 2
+        return segment.prefix // tokens if most else 0, tokens
+
+    def stand_ins(self, layer: Layer, segment: Segment) -> Means | None:
+        """The blocks' means: those that are known already, and those of the committed tokens that came since."""
+        count, tokens = self.blocks(segment)
+        if count == 0:
+            return None
+        state: TidalState = segment.state
+        known = state.means.get(layer.index)
+        if known is not None and known.tokens == tokens and known.count == count:
+            return known
+        kept = None if known is None or known.tokens != tokens else known.cut(count)
+        start = 0 if kept is None else kept.count * tokens
+        new = Means.of(*segment.cache.read(layer.index, start, count * tokens), tokens)
+        means = new if kept is None else kept.followed_by(new)
+        state.means = {**state.means, layer.index: means}  # copies of the state keep their own
+        return means
 
     def choose(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
         """The slots that each row selects at this layer: ``[R, H_kv, B]``, ascending.
@@ -225,19 +298,26 @@ class Tidal(Sparse):
 
     def commit(self, segment: Segment, kept: int) -> None:
         super().commit(segment, kept)
-        segment.state.selected = None
+        state: TidalState = segment.state
+        state.selected = None
+        if not segment.decoding:  # whose rows may have replaced others
+            state.means = {layer: known.cut(segment.prefix // known.tokens) for layer, known in state.means.items()}
 
     def best(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
-        """The ``budget`` slots that each row wants most, ``[R, H_kv, B]``, those that are always kept among them."""
+        """The slots that each row wants most, ``[R, H_kv, B]``, those that are always kept among them.
+
+        With the means they are as many as the budget says.
+        """
         keys, _ = segment.cache.read(layer.index, 0, segment.length)
         segment.bytes_read += keys.nbytes
         budget = self.tokens(segment)
+        means, _ = self.blocks(segment)
         return kernels.choose(
             q,
             keys,
             layer.scale,
             segment.seen(),
-            budget,
+            budget - means,
             sinks=self.sinks,
             recent=amount(self.recent, budget),
             pool=self.pool,

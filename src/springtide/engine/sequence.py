@@ -85,7 +85,7 @@ class Sequence:
     def crop(self, length: int) -> None:
         """Forget what is cached of the tokens from position ``length`` on; the tokens themselves stay."""
         self.cache.crop(length)
-        self.state.exact = min(self.state.exact, self.cache.length)
+        self.state.crop(self.cache.length)
 
     def fork(self) -> Sequence:
         """An independent sequence that goes on from the same tokens."""

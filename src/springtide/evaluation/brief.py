@@ -30,11 +30,11 @@ def calibrate_briefly(engine: Engine, path: Path) -> dict[str, Any]:
     length = min(LENGTH, engine.stack.spec.context_limit - 1)
     wish = Wish(Tidal(budget=Share(5)), length, prompts=PROMPTS)
     began, found = time.perf_counter(), None
-    with tqdm(total=4 * PROMPTS, desc="calibrating briefly", leave=False, disable=None, delay=2) as bar:
+    with tqdm(total=2 * PROMPTS, desc="calibrating briefly", leave=False, disable=None, delay=2) as bar:
         for done, found in enumerate(brief(engine, EXCERPT.read_text(encoding="utf-8"), wish), start=1):
             bar.update()  # which counts nothing where there is no terminal
             spent = time.perf_counter() - began
-            if found is None and spent / done * 4 * PROMPTS > SECONDS:
+            if found is None and spent / done * 2 * PROMPTS > SECONDS:
                 raise SpringtideError(
                     "tidal: the model is not calibrated, which would take more than a minute here; run "
                     "`springtide calibrate --model DIR` once, or take the paper's layers with tidal:layout=paper."

@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,22 +28,24 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from springtide.attention.calibration import FILE, VERSION
-from springtide.attention.layout import Layout, Prediction, extended, neighbours, rated, search
+from springtide.attention.layout import Layout, Prediction, neighbours, search
 from springtide.attention.policy import Policy
 from springtide.attention.tidal import Tidal
 from springtide.engine.cache import Cache
 from springtide.engine.engine import Engine
 from springtide.errors import SpringtideError
 from springtide.evaluation.effects import Branches, Recording
-from springtide.evaluation.needle import DEPTHS, Haystack, check_fit
+from springtide.evaluation.needle import Haystack, check_fit
 from springtide.evaluation.report import write_json
 from springtide.files import replacing
+from springtide.options import KVHead
 
+DEPTHS = tuple((i + 0.5) / 8 for i in range(8))  # of the facts in a context that is asked about
 TEXT_ROWS = 128  # tokens at the end of a plain text that are decoded
 TEXT_WEIGHT = 0.5  # of the mean over plain texts, beside the mean over questions
-JOINT = (0.0, 0.5, 1.0)  # how much sparse layers' effects are taken to add up, see Prediction
-STARTS = 4  # layouts that the search starts from
-SHARES = (1 / 10, 2 / 15, 1 / 5, 1 / 3, 1 / 2)  # of layers that are dense, along the curve
+JOINT = (0.0, 0.5)  # how much sparse layers' effects are taken to add up, see Prediction
+STARTS = 2  # layouts that the search starts from
+SHARES = (1 / 10, 1 / 5, 1 / 3, 1 / 2)  # of layers that are dense, along the curve
 BUDGETS = (0.5, 1, 2)  # times the budget, along the curve
 PARTIAL = "springtide.partial"
 TIMED = 5  # tokens whose median time is taken
@@ -82,6 +85,7 @@ class Point:
     dense_layers: int
     full: tuple[int, ...]
     select: tuple[int, ...]
+    full_heads: tuple[KVHead, ...]
     budget: int
     kl_questions: float
     kl_text: float
@@ -91,13 +95,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The layout chosen; the divergences that chose it, best first; the trusted ones; the curve; the learnt map."""
+    """The layout chosen, with ``dense`` layers' worth of dense KV heads; the divergences that chose it, best first;
 
+    the trusted ones; the learnt map and the trusted divergences under it, if it was asked for; the curve.
+    """
+
+    dense: int
     layout: Layout
     tried: list[tuple[Layout, Measured]]
     fresh: Measured
-    head_map: dict[int, list[int]]
-    mapped: Measured
+    head_map: dict[int, list[int]] | None
+    mapped: Measured | None
     curve: list[Point]
     cost: Cost
     budget: int
@@ -105,29 +113,27 @@ class Calibration:
 
     def as_json(self) -> dict[str, Any]:
         """The content of ``springtide.json``."""
+        chosen = self.layout.as_json()
+        if self.head_map is not None:
+            chosen["map"] = {str(layer): sets for layer, sets in self.head_map.items()}
         return {
             "version": VERSION,
-            "tidal": {
-                "full": list(self.layout.full),
-                "select": list(self.layout.select),
-                "map": {str(layer): sets for layer, sets in self.head_map.items()},
-                "budget": self.budget,
-                "length": self.length,
-                **self.trust(),
-            },
+            "tidal": {**chosen, "budget": self.budget, "length": self.length, **self.trust()},
         }
 
     def said(self) -> str:
         """One sentence on how far to trust the layout."""
         x = self.trust()
-        mapped = statistics.fmean(self.mapped.questions), statistics.fmean(self.mapped.texts)
+        mapped = ""
+        if self.mapped is not None:
+            kls = statistics.fmean(self.mapped.questions), statistics.fmean(self.mapped.texts)
+            mapped = f"With heads=map: {kls[0]:.4f} and {kls[1]:.4f}. "
         return (
-            f"On fresh prompts, {len(self.layout.full) + len(self.layout.select)} dense layers and a budget of "
-            f"{self.budget} of {self.length} tokens: answers diverge by {x['kl_questions']:.4f} ± "
+            f"On fresh prompts, with {self.dense} layers' worth of dense KV heads and a budget of {self.budget} of "
+            f"{self.length} tokens: answers diverge by {x['kl_questions']:.4f} ± "
             f"{x['kl_questions_se']:.4f} nats a token, text by {x['kl_text']:.4f} ± {x['kl_text_se']:.4f}; "
             f"{x['exact_match']:.0%} of {x['questions']} answers are right, {x['exact_match_dense']:.0%} under dense "
-            f"attention. With heads=map: {mapped[0]:.4f} and {mapped[1]:.4f}. "
-            + self.cost.said(self.layout, self.budget)
+            f"attention. {mapped}" + self.cost.said(self.layout, self.budget)
         )
 
     def trust(self) -> dict[str, Any]:
@@ -156,6 +162,7 @@ class Wish:
         prompts: contexts with questions in each of the three sets, and as many plain texts.
         trials: layouts that are measured for the number of dense layers that is taken.
         chat: questions are asked in the model's chat template.
+        map: learn the map between KV heads that ``heads=map`` needs.
     """
 
     tidal: Tidal
@@ -165,6 +172,7 @@ class Wish:
     prompts: int = 3
     trials: int = 12
     chat: bool = False
+    map: bool = False
 
     def check(self, engine: Engine) -> None:
         """Raise SpringtideError for what the model cannot do."""
@@ -255,28 +263,30 @@ class Calibrator:
         count = 2 * self.wish.prompts
         return range(which * count, (which + 1) * count)
 
+    def read(self, number: int) -> tuple[Cache, Branches]:
+        """A passage's context, read, and what goes on from it: of even number questions, of odd number plain text."""
+        context, texts = self._text(number // 2) if number % 2 else self._questions(number // 2)
+        return self.engine.read(context).cache, Branches.of(texts)
+
     def passage(self, number: int) -> Passage:
-        """Read a passage's context: of even number with questions, of odd number plain text."""
+        """A passage to measure layouts on, which is kept."""
         if number not in self._passages:
-            context, texts = self._text(number // 2) if number % 2 else self._questions(number // 2)
-            rows = Branches.of(texts)
-            cache = self.engine.read(context).cache
+            cache, rows = self.read(number)
             self._passages[number] = Passage(cache, rows, self._predict(self.engine, cache, rows))
         return self._passages[number]
 
     def effects(self, number: int) -> Tensor:
-        """Effects on a passage of all pairs of layers, ``[N, selecting, reading]``, squares adding up to nats."""
+        """Effects on a passage, ``[N, selecting, reading, KV head]`` of all layers, squares adding up to nats."""
         if number not in self.partial.effects:
-            self.partial.effects[number] = self.recording(number).effects().sum(-1)
+            self.partial.effects[number] = self.recording(number).effects()
             self.partial.save()
         return self.partial.effects[number]
 
     def recording(self, number: int, heads: Literal["all", "kv"] | None = None) -> Recording:
         """Gradients on a passage, and selections as the policy makes them, or for ``heads``."""
-        passage = self.passage(number)
         draws = torch.Generator().manual_seed(number)
         tidal = self.tidal if heads is None else replace(self.tidal, heads=heads)
-        return Recording.of(self.engine.stack, passage.cache, passage.rows, tidal, draws)
+        return Recording.of(self.engine.stack, *self.read(number), tidal, draws)
 
     def weights(self) -> list[float]:
         """What the effects of each passage of set 0 are multiplied with, so that squares sum up to the loss."""
@@ -285,7 +295,8 @@ class Calibrator:
 
     def measured(self, tidal: Tidal, which: int) -> Measured:
         """Divergences under ``tidal``, resolved, on a set of passages."""
-        name = (tidal.full, tidal.selecting, tidal.budget, tidal.heads, which)
+        heads = tuple(map(tuple, tidal.full_heads or ()))
+        name = (tidal.full, tidal.selecting, heads, tidal.budget, tidal.heads, which)
         if name not in self.partial.measured:
             kls: tuple[list[float], list[float]] = ([], [])
             exact = dense_exact = 0
@@ -317,9 +328,10 @@ class Calibrator:
     def cost(self, layout: Layout) -> Cost:
         """Times a token after a context, all layers dense and with the layout, and draws a line through them."""
         passage = self.passage(self.prompts(2)[1])
-        token = sum(x.nbytes for x in passage.cache.read(self.layers[0], 0, 1))
+        first = passage.cache.read(self.layers[0], 0, 1)
+        token, kv_heads = sum(x.nbytes for x in first), len(first[0])
         windows = tuple(window for window in self.engine.stack.spec.windows if window is not None)
-        untimed = Cost(len(self.layers), self.wish.length, token * self.wish.length, windows)
+        untimed = Cost(len(self.layers), self.wish.length, token * self.wish.length, windows, kv_heads)
         rows = Branches.of([([passage.rows.tokens[0]] * 2, 1)])
         times: list[list[float]] = []
         for policy in (Policy(), self.policy(layout)):
@@ -367,33 +379,34 @@ def calibrate(engine: Engine, text: str, wish: Wish, partial: Path | None = None
     for number, weight in zip(calibrator.prompts(0), calibrator.weights(), strict=True):
         effects.append(calibrator.effects(number) * weight)
         yield None
-    predictions = [Prediction(torch.cat(effects), joint) for joint in JOINT]
+    predictions = _predictions(torch.cat(effects), layers)
     tried: dict[int, dict[Layout, Measured]] = {}
     best: Layout | None = None
     for dense in ladder(len(layers), wish.dense_layers):
-        searched = [search(loss, layers, dense, STARTS)[0] for loss in predictions]
-        candidates = {rated(layout, predictions[1], layers) for layout in searched}
-        if best is not None and (more := extended(best, predictions[1], layers, dense)) is not None:
-            candidates.add(more)
+        candidates = [search(prediction, dense, STARTS) for prediction in predictions]
+        if best is not None:  # the same layers select, and more is dense
+            candidates += predictions[-1].layouts([best.select], dense)
         tried[dense] = {}
-        for layout in sorted(candidates):
+        for layout in dict.fromkeys(candidates):
             tried[dense][layout] = calibrator.measured(calibrator.policy(layout), 1)
             yield None
         best = _best(tried[dense])
     dense = _number(wish, tried, len(layers))
-    while len(tried[dense]) < wish.trials:
-        near = [x for x in neighbours(_best(tried[dense]), predictions[1], layers) if x not in tried[dense]]
-        if not near:
-            break
-        tried[dense][near[0]] = calibrator.measured(calibrator.policy(near[0]), 1)
+    for prediction in islice(cycle(predictions), max(0, wish.trials - len(tried[dense]))):
+        near = neighbours(_best(tried[dense]), prediction, dense)
+        for layout in [x for x in near if x not in tried[dense]][:1]:
+            tried[dense][layout] = calibrator.measured(calibrator.policy(layout), 1)
         yield None
     layout = _best(tried[dense])
-    learner = MapLearner(layout, layers)
-    for number, weight in zip(calibrator.prompts(0), calibrator.weights(), strict=True):
-        learner.add(calibrator.recording(number, "kv"), weight)
-        yield None
-    head_map = learner.learn()
-    fresh, mapped = (calibrator.measured(calibrator.policy(layout, m), 2) for m in (None, head_map))
+    head_map = None
+    if wish.map:
+        learner = MapLearner(layout, layers)
+        for number, weight in zip(calibrator.prompts(0), calibrator.weights(), strict=True):
+            learner.add(calibrator.recording(number, "kv"), weight)
+            yield None
+        head_map = learner.learn()
+    fresh = calibrator.measured(calibrator.policy(layout), 2)
+    mapped = None if head_map is None else calibrator.measured(calibrator.policy(layout, head_map), 2)
     yield None
     curve = []
     cost = calibrator.cost(layout)
@@ -405,25 +418,27 @@ def calibrate(engine: Engine, text: str, wish: Wish, partial: Path | None = None
             yield None
     calibrator.partial.forget()
     ranked = sorted(tried[dense].items(), key=lambda pair: pair[1].loss)
-    yield Calibration(layout, ranked, fresh, head_map, mapped, curve, cost, calibrator.budget, wish.length)
+    yield Calibration(dense, layout, ranked, fresh, head_map, mapped, curve, cost, calibrator.budget, wish.length)
 
 
 def brief(engine: Engine, text: str, wish: Wish) -> Iterator[dict[str, Any] | None]:
     """Layers by the gradients of ``wish.prompts`` prompts alone, none of them tried: the content of the file.
 
-    Yields None twice for every prompt, for progress, and the result last.
+    Yields None after every passage, of which there are two a prompt, for progress, and the result last.
     """
     calibrator = Calibrator(engine, text, wish)
     effects = []
     for number, weight in zip(calibrator.prompts(0), calibrator.weights(), strict=True):
-        calibrator.passage(number)
-        yield None
         effects.append(calibrator.effects(number) * weight)
         yield None
     layers = calibrator.layers
-    layout = search(Prediction(torch.cat(effects), JOINT[1]), layers, a_third(len(layers)), STARTS)[0]
-    chosen = {"full": list(layout.full), "select": list(layout.select)}
-    yield {"version": VERSION, "tidal": {**chosen, "budget": calibrator.budget, "length": wish.length}}
+    layout = search(_predictions(torch.cat(effects), layers)[-1], a_third(len(layers)), STARTS)
+    yield {"version": VERSION, "tidal": {**layout.as_json(), "budget": calibrator.budget, "length": wish.length}}
+
+
+def _predictions(effects: Tensor, layers: Sequence[int]) -> list[Prediction]:
+    """With whole layers dense, and with KV heads one by one."""
+    return [Prediction(x, layers, joint) for x in (effects.sum(3, keepdim=True), effects) for joint in JOINT]
 
 
 def a_third(layers: int) -> int:
@@ -440,7 +455,8 @@ def ladder(layers: int, wanted: int | None) -> list[int]:
 def steps(engine: Engine, wish: Wish) -> int:
     """How many steps :func:`calibrate` takes at most."""
     points = len(ladder(len(engine.stack.spec.global_layers), wish.dense_layers))
-    return 4 * wish.prompts + points * (1 + len(JOINT) + len(BUDGETS)) + wish.trials + 1
+    prompts = (4 if wish.map else 2) * wish.prompts
+    return prompts + points * (1 + 2 * len(JOINT) + len(BUDGETS)) + wish.trials + 1
 
 
 def _number(wish: Wish, tried: dict[int, dict[Layout, Measured]], layers: int) -> int:
@@ -466,13 +482,16 @@ class MapLearner:
     def __init__(self, layout: Layout, layers: Sequence[int]) -> None:
         dense = {*layout.full, *layout.select}
         sparse = [layer for layer in layers if layer not in dense]
+        self.dense = layout.full_heads
         self.pairs = [(max(s for s in layout.select if s < layer), layer) for layer in sparse]
         self.parts: list[list[Tensor]] = [[] for _ in self.pairs]
 
     def add(self, recording: Recording, weight: float) -> None:
-        """Take in the effects on a passage."""
+        """Take in the effects on a passage; heads that are dense have none."""
         for part, pair in zip(self.parts, self.pairs, strict=True):
-            part.append(recording.by_set(*pair) * weight)
+            effects = recording.by_set(*pair) * weight
+            effects[:, :, [head for layer, head in self.dense if layer == pair[1]]] = 0
+            part.append(effects)
 
     def learn(self) -> dict[int, list[int]]:
         """``{sparse layer: a KV head of the selecting layer for each of its own}``: one head after the other, twice."""
@@ -494,8 +513,8 @@ class MapLearner:
 class Cost:
     """What decoding a token costs at the calibrated length.
 
-    A layer that sees everything has ``layer_bytes`` of keys and values there, and there are ``layers`` of them; the
-    others see ``windows`` tokens. ``dense_ms`` were measured with all layers dense, and a byte less takes
+    A layer that sees everything has ``layer_bytes`` of keys and values of ``kv_heads`` there, and there are ``layers``
+    of them; the others see ``windows`` tokens. ``dense_ms`` were measured with all layers dense, and a byte less takes
     ``ms_per_byte`` less.
     """
 
@@ -503,6 +522,7 @@ class Cost:
     length: int
     layer_bytes: int
     windows: tuple[int, ...]
+    kv_heads: int
     dense_ms: float = 0.0
     ms_per_byte: float = 0.0
 
@@ -519,9 +539,9 @@ class Cost:
         return f"{start} token reads {read / 1e6:.2f} MB of the cache instead of {dense / 1e6:.2f} MB."
 
     def bytes_of(self, layout: Layout, budget: int) -> int:
-        """Of the cache: dense layers' keys and values, selecting layers' keys once more, and what is selected."""
+        """Of the cache: dense layers and KV heads, selecting layers' keys once more, and what is selected."""
         dense = len(layout.full) + len(layout.select)
-        whole = dense + len(layout.select) / 2
+        whole = dense + len(layout.select) / 2 + len(layout.full_heads) / self.kv_heads
         return round(self.layer_bytes * (whole + (self.layers - dense) * budget / self.length))
 
     def ms_of(self, layout: Layout, budget: int) -> float:
@@ -531,9 +551,8 @@ class Cost:
 
 def _point(dense: int, layout: Layout, budget: int, found: Measured, cost: Cost) -> Point:
     kls = statistics.fmean(found.questions), statistics.fmean(found.texts)
-    return Point(
-        dense, layout.full, layout.select, budget, *kls, cost.bytes_of(layout, budget), cost.ms_of(layout, budget)
-    )
+    bytes_read, ms = cost.bytes_of(layout, budget), cost.ms_of(layout, budget)
+    return Point(dense, layout.full, layout.select, layout.full_heads, budget, *kls, bytes_read, ms)
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -132,7 +132,7 @@ class Recording:
     @classmethod
     def of(cls, stack: Stack, cache: Cache, rows: Branches, tidal: Tidal, generator: torch.Generator) -> Recording:
         """Run ``rows`` behind what ``cache`` holds, which stays as it is; ``generator`` draws predictions."""
-        segment = rows.segment(Behind(cache), None, stack.device)
+        segment = rows.segment(Behind(cache), tidal.new_state(cache.length), stack.device)
         recorder = Recorder(tidal=tidal)
         drawn: list[tuple[Tensor, ...]] = []
         with torch.enable_grad():
@@ -180,10 +180,7 @@ class Recording:
         gradient = self.gradients[reading]
         if not valid:
             return torch.zeros(SAMPLES * self.member.shape[1], gradient.shape[2])
-        keys, values = (x.detach() for x in self.segment.cache.read(reading, 0, self.segment.length))
-        seen = self.segment.seen().mask
-        mask = None if seen is None else seen[:, None, :].expand(-1, index.shape[1], -1).gather(2, index)
-        sparse = kernels.attend_gathered(q, keys, values, index.contiguous(), layer.scale, mask, layer.softcap)
+        sparse = self.recorder.tidal.sparse(layer, q, self.segment, index.contiguous())
         delta = (sparse.float() - self.recorder.outputs[reading].detach().float()).reshape(gradient.shape[1:])
         found = torch.einsum("srkd,rkd,rt->stk", gradient, delta, self.member).cpu()
         return (found * self.weight[:, None]).flatten(0, 1)

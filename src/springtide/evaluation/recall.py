@@ -45,8 +45,13 @@ class Meter:
     mass: dict[int, Tensor] = field(default_factory=dict)
     top_k: dict[int, float] = field(default_factory=dict)
 
-    def __call__(self, layer: Layer, q: Tensor, segment: Segment, index: Tensor, valid: Tensor) -> None:
-        """Compare ``index [R, H_kv, B]``, what the rows are about to read, with dense attention."""
+    def __call__(
+        self, layer: Layer, q: Tensor, segment: Segment, index: Tensor, valid: Tensor, full_heads: Sequence[int]
+    ) -> None:
+        """Compare ``index [R, H_kv, B]``, what the rows are about to read, with dense attention.
+
+        ``full_heads`` read everything.
+        """
         keys, _ = segment.cache.read(layer.index, 0, segment.length)
         logits = kernels.scores(q, keys, layer.scale, layer.softcap)
         seen = segment.seen().mask
@@ -54,6 +59,7 @@ class Meter:
             logits = logits.masked_fill(~seen[:, None, None, :], -torch.inf)
         probs = logits.softmax(-1).mean(2)
         read = torch.zeros_like(probs).scatter_reduce_(2, index, valid.to(probs.dtype), "amax")
+        read[:, list(full_heads)] = 1
         best = probs.topk(index.shape[2], dim=-1).indices
         at = layer.index
         self.rows[at] = self.rows.get(at, 0) + len(q)

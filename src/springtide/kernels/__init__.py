@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from springtide.kernels import native, reference
-from springtide.kernels.reference import gather, select
+from springtide.kernels.means import Means
+from springtide.kernels.reference import select
 from springtide.kernels.visible import Visible
 
-__all__ = ["Visible", "attend", "attend_gathered", "choose", "scores", "select"]
+__all__ = ["Means", "Visible", "attend", "attend_gathered", "choose", "scores", "select"]
 
 
 def attend(
@@ -46,18 +47,19 @@ def attend_gathered(
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    means: Means | None = None,
 ) -> Tensor:
     """See :func:`springtide.kernels.reference.attend_gathered`."""
     level = native.of(q, k, v)
     if level is not None:
-        return native.attend(level, q, k, v, scale, None, softcap, index, mask)
+        return native.attend(level, q, k, v, scale, None, softcap, index, mask, means)
     if softcap is not None:
-        return reference.attend_gathered(q, k, v, index, scale, mask, softcap)
+        return reference.attend_gathered(q, k, v, index, scale, mask, softcap, means)
     rows, heads, head_dim = q.shape
     grouped = q.view(rows, k.shape[0], heads // k.shape[0], head_dim)
-    if mask is not None:
-        mask = mask[:, :, None, :]
-    out = scaled_dot_product_attention(grouped, gather(k, index), gather(v, index), attn_mask=mask, scale=scale)
+    keys, values = reference.read(k, v, index, means)
+    added = None if mask is None and means is None else reference.weights(index, mask, means, q.dtype)
+    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=added, scale=scale)
     return out.reshape(rows, heads, head_dim)
 
 

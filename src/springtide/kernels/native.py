@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from springtide.errors import SpringtideError
+from springtide.kernels.means import Means
 from springtide.kernels.visible import Visible
 
 try:
@@ -68,6 +69,7 @@ def attend(
     softcap: float | None,
     index: Tensor | None = None,
     mask: Tensor | None = None,
+    means: Means | None = None,
 ) -> Tensor:
     """:func:`springtide.kernels.reference.attend`, or ``attend_gathered`` for an ``index``."""
     q, k, v = _rows(q), _slots(k), _slots(v)
@@ -76,12 +78,15 @@ def attend(
     out = torch.empty(rows, heads, head_dim, dtype=q.dtype)
     kept = None if mask is None else mask.contiguous()
     chosen = None if index is None else index.contiguous()
+    mean_k, mean_v = (k, v) if means is None else (_slots(means.keys), _slots(means.values))
     prefix, low, tail = (length, None, None) if seen is None else (seen.prefix, seen.low, _bytes(seen.tail))
     level.attend(
         q.dtype == torch.bfloat16, *map(_address, (q, k, v, out)),
         rows, heads, kv_heads, head_dim, length,
         q.stride(0), q.stride(1), k.stride(0), v.stride(0), scale, softcap or 0.0,
         prefix, *map(_address, (low, tail, chosen, kept)), 0 if chosen is None else chosen.shape[2],
+        *map(_address, (mean_k, mean_v)), 0 if means is None else means.count, mean_k.stride(0), mean_v.stride(0),
+        1 if means is None else means.tokens,
         torch.get_num_threads(),
     )  # fmt: skip
     return out

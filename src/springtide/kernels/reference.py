@@ -6,11 +6,13 @@ KV head ``h // (H / H_kv)``. Arithmetic is fp32 (fp64 for fp64 input), whatever 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from springtide.kernels.means import Means
 from springtide.kernels.visible import Visible
 
 
@@ -44,18 +46,43 @@ def attend_gathered(
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    means: Means | None = None,
 ) -> Tensor:
-    """Softmax attention over the tokens ``index [R, H_kv, B]`` alone, less those that ``mask`` (same shape) hides."""
+    """Softmax attention over the tokens ``index [R, H_kv, B]`` alone, less those that ``mask`` (same shape) hides.
+
+    Every row also reads the ``means``, each with ``means.tokens`` times the weight that its logit says.
+    """
     rows, heads, head_dim = q.shape
-    keys, values = gather(k, index), gather(v, index)
+    keys, values = read(k, v, index, means)
     grouped = _wide(q).view(rows, k.shape[0], heads // k.shape[0], head_dim)
     logits = torch.einsum("rkgd,rkbd->rkgb", grouped, _wide(keys)) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if mask is not None:
-        logits = logits.masked_fill(~mask[:, :, None, :], -torch.inf)
+    if mask is not None or means is not None:
+        logits = logits + weights(index, mask, means, logits.dtype)
     out = torch.einsum("rkgb,rkbd->rkgd", logits.softmax(-1), _wide(values))
     return out.reshape(q.shape).to(q.dtype)
+
+
+def read(k: Tensor, v: Tensor, index: Tensor, means: Means | None) -> tuple[Tensor, Tensor]:
+    """Keys and values at ``index [R, H_kv, B]``, and the means after them: two ``[R, H_kv, B + n, D]``."""
+    keys, values = gather(k, index), gather(v, index)
+    if means is None:
+        return keys, values
+    pairs = (keys, means.keys), (values, means.values)
+    keys, values = (torch.cat([x, mean.expand(len(index), -1, -1, -1)], 2) for x, mean in pairs)
+    return keys, values
+
+
+def weights(index: Tensor, mask: Tensor | None, means: Means | None, dtype: torch.dtype) -> Tensor:
+    """What is added to logits, ``[R, H_kv, 1, B + n]``: ``-inf`` for slots that ``mask`` hides, ``log`` of a block."""
+    own = torch.zeros(index.shape, dtype=dtype, device=index.device)
+    if mask is not None:
+        own = own.masked_fill(~mask, -torch.inf)
+    if means is not None:
+        blocks = own.new_full((*index.shape[:2], means.keys.shape[1]), math.log(means.tokens))
+        own = torch.cat([own, blocks], 2)
+    return own[:, :, None]
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

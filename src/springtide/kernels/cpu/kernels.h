@@ -19,7 +19,8 @@ struct Visible {
 
 // Softmax attention of q [rows, heads, dim] over k, v [kv_heads, length, dim]. Strides count elements; a head's slots
 // and a row's heads' elements are contiguous. With `index` [rows, kv_heads, budget] only those slots are read, less
-// those that `mask` (same shape) hides, and `visible` is not looked at. `out` [rows, heads, dim] is contiguous.
+// those that `mask` (same shape) hides, and `visible` is not looked at; besides, every row reads `means` more slots,
+// mean_k and mean_v [kv_heads, means, dim], each of which counts `weight` times. `out` [rows, heads, dim] is contiguous.
 struct Attend {
   const void *q, *k, *v;
   void* out;
@@ -30,6 +31,9 @@ struct Attend {
   const std::int64_t* index;
   const std::uint8_t* mask;
   std::int64_t budget;
+  const void *mean_k, *mean_v;
+  std::int64_t means, mean_k_head, mean_v_head;
+  float weight;
   int threads;
 };
 

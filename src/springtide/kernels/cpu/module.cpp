@@ -104,11 +104,13 @@ NB_MODULE(_cpu, m) {
            [](const Level& level, bool half, Address q, Address k, Address v, Address out, Size rows, Size heads,
               Size kv_heads, Size dim, Size length, Size q_row, Size q_head, Size k_head, Size v_head, float scale,
               float softcap, Size prefix, Address low, Address tail, Address index, Address mask, Size budget,
+              Address mean_k, Address mean_v, Size means, Size mean_k_head, Size mean_v_head, float weight,
               int threads) {
              level.attend[half]({at<void>(q), at<void>(k), at<void>(v), at<void>(out), rows, heads, kv_heads, dim,
                                  length, q_row, q_head, k_head, v_head, scale, softcap,
                                  {prefix, at<std::int32_t>(low), at<std::uint8_t>(tail)},
-                                 at<std::int64_t>(index), at<std::uint8_t>(mask), budget, threads});
+                                 at<std::int64_t>(index), at<std::uint8_t>(mask), budget, at<void>(mean_k),
+                                 at<void>(mean_v), means, mean_k_head, mean_v_head, weight, threads});
            },
            nogil())
       .def("select",
