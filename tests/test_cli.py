@@ -569,13 +569,12 @@ CURVE = {
 def test_calibrate_writes_what_policies_then_use(run, tmp_path, book):
     folder = save_model(tmp_path / "model")
     before = os.listdir(folder)
-    result = run(
-        "calibrate", "--model", folder, *SIZE, "--dense-layers", 2, "--map", "--text", book, "--json", tmp_path / "out.json"
-    )
+    options = ("--dense-layers", 2, "--map", "--text", book, "--json", tmp_path / "out.json")
+    result = run("calibrate", "--model", folder, *SIZE, *options)
     assert (result.code, result.err) == (0, "")
     said = result.out.replace("\n", "")
     assert f"Wrote the layers to {folder / 'springtide.json'}." in said
-    assert "On fresh prompts, with 2 layers' worth of dense KV heads and a budget of 32 of 400 tokens: answers diverge by" in said
+    assert "On fresh prompts, with 2 layers' worth of dense KV heads and a budget of 32 of 400 tokens: " in said
     assert sorted(set(os.listdir(folder)) - set(before)) == ["springtide.json", "springtide.png"]
     tidal = json.loads((folder / "springtide.json").read_text())["tidal"]
     assert len(tidal["full"]) + len(tidal["select"]) + len(tidal["full_heads"]) / 2 == 2

@@ -80,7 +80,8 @@ def test_a_picture_of_lines_and_of_values_without_an_x(tmp_path, log_x):
 
 
 def test_a_curve(tmp_path):
-    points = [Point(n, (0,), (1,), (KVHead(2, 1),), budget, 0.1 / n, 0.2, 100, 3.0) for n in (1, 2) for budget in (32, 64)]
+    heads = (KVHead(2, 1),)
+    points = [Point(n, (0,), (1,), heads, budget, 0.1 / n, 0.2, 100, 3.0) for n in (1, 2) for budget in (32, 64)]
     report.plot_curve(tmp_path / "a.png", points)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 

@@ -147,7 +147,8 @@ class Tidal(Sparse):
     def _layers(self, spec: ModelSpec) -> dict[str, Any]:
         """The layers: as given; else calibrated, or the paper's."""
         if self.select is not None:
-            return {"full": self.full or (), "reselect": self.reselect or (), "full_heads": self.full_heads or ()}
+            heads = tuple(sorted({*(self.full_heads or ())}))
+            return {"full": self.full or (), "reselect": self.reselect or (), "full_heads": heads}
         if any(option is not None for option in (self.full, self.reselect, self.full_heads)):
             raise SpringtideError(
                 "tidal: full, full_heads or reselect is given, but no layer that selects first; give select too."
@@ -165,7 +166,7 @@ class Tidal(Sparse):
         else:
             found = paper(spec)
         full, select = (tuple(found[role]) for role in ("full", "select"))
-        heads = tuple(KVHead(*pair) for pair in found.get("full_heads", ()))
+        heads = tuple(sorted(KVHead(*pair) for pair in found.get("full_heads", ())))
         return {"full": full, "select": select[0], "reselect": select[1:], "full_heads": heads}
 
     def _head_map(self, spec: ModelSpec) -> tuple[tuple[int, tuple[int, ...]], ...]:
@@ -207,7 +208,7 @@ class Tidal(Sparse):
             if layer in named or layer not in spec.global_layers or not 0 <= head < spec.kv_heads:
                 raise SpringtideError(
                     f"tidal: full_heads names KV head {head} of layer {layer}, but only heads 0 to {spec.kv_heads - 1} "
-                    f"of layers that are sparse can be named: {', '.join(map(str, self._sparse(spec)))}."
+                    f"of layers that are sparse can be named: {', '.join(map(str, self._sparse(spec))) or 'none'}."
                 )
         early = [layer for layer in spec.global_layers if layer < min(self.selecting) and layer not in named]
         if early:
