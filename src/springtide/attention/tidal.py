@@ -173,7 +173,7 @@ class Tidal(Sparse):
         """The map for the policy's own layers; raises SpringtideError where calibration learnt none for them."""
         learnt = ((spec.calibration or {}).get("tidal", {}).get("map") or {}).items()
         found = self.map or tuple((int(layer), tuple(sets)) for layer, sets in learnt)
-        if [layer for layer, _ in found] != self._sparse(spec):
+        if {layer for layer, _ in found} != {*self._sparse(spec)}:
             raise SpringtideError(
                 "tidal: heads=map needs a map that calibration learnt for these layers; run `springtide calibrate` "
                 "and leave out full, select and reselect, or use heads=all."
