@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -116,26 +116,30 @@ def plot_lines(
 
 
 def plot_curve(path: Path, points: Sequence[Any]) -> None:
-    """Divergence of answers and of text (solid, dashed) over dense layers, and over milliseconds, a line a budget.
+    """Divergence of answers and of text (solid, dashed) over dense layers, bytes and milliseconds, a line a budget.
 
     ``points`` are :class:`springtide.evaluation.calibrate.Point`.
     """
     pyplot = _pyplot()
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    axes: dict[str, Callable[[Any], float]] = {
+        "dense layers": lambda point: point.dense_layers,
+        "MB of the cache read for a token": lambda point: point.kv_bytes / 1e6,
+        "predicted ms a token": lambda point: point.predicted_ms,
+    }
+    figure, panels = pyplot.subplots(1, len(axes), figsize=(14, 4.2), layout="constrained", sharey=True)
     for number, budget in enumerate(sorted({point.budget for point in points})):
         own = [point for point in points if point.budget == budget]
-        for axis, x in zip(panels, ("dense_layers", "predicted_ms"), strict=True):
-            line = sorted(own, key=lambda point: getattr(point, x))
+        for panel, (name, x) in zip(panels, axes.items(), strict=True):
+            line = sorted(own, key=x)
             for kind, style in (("kl_questions", "-"), ("kl_text", "--")):
-                label = f"{kind[3:]}, budget {budget}" if axis is panels[0] else None
-                xs, ys = [getattr(point, x) for point in line], [getattr(point, kind) for point in line]
-                axis.plot(xs, ys, style, marker="o", color=f"C{number}", label=label)
-    panels[0].set_xlabel("dense layers")
-    panels[1].set_xlabel("predicted ms a token")
+                label = f"{kind[3:]}, budget {budget}" if panel is panels[0] else None
+                ys = [getattr(point, kind) for point in line]
+                panel.plot([x(point) for point in line], ys, style, marker="o", color=f"C{number}", label=label)
+            panel.set_xlabel(name)
     panels[0].set_ylabel("KL to dense (nats a token)")
     panels[0].set_yscale("log")
-    for axis in panels:
-        axis.grid(alpha=0.3)
+    for panel in panels:
+        panel.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
     _save(figure, path)
 
