@@ -252,7 +252,7 @@ def calibrate(
     prompts: Annotated[
         int, typer.Option(min=1, help="Contexts with questions, and plain texts, in each of three sets.")
     ] = 3,
-    trials: Annotated[int, typer.Option(min=1, help="Layouts to measure for the number of layers taken.")] = 12,
+    trials: Annotated[int, typer.Option(min=1, help="Layouts to measure for the number of layers taken.")] = 16,
     head_map: Annotated[bool, typer.Option("--map", help="Learn the map that tidal:heads=map needs too.")] = False,
     chat: Chat = None,
     text: Text = None,

@@ -270,6 +270,37 @@ def test_neighbours_are_all_choices_one_step_away(prediction, data):
         assert losses == sorted(losses)
 
 
+@few
+@given(problems(), st.data())
+def test_exchanges_swap_a_dense_head_for_a_sparse_one(prediction, data):
+    """All of them, with the loss of the definition, best first; of layers, where heads are summed up."""
+    count = len(prediction.layers)
+    layout = data.draw(
+        st.sampled_from(prediction.layouts(every_choice(prediction), data.draw(st.integers(2, count - 1))))
+    )
+    sparse = left_sparse(prediction, layout)
+    pairs = [(by, to, head) for by, to, head in readers(prediction, layout.select)]
+    expected = {}
+    for gone in [pair for pair in pairs if pair not in sparse]:
+        for come in sparse:
+            now = [pair for pair in (*sparse, gone) if pair != come]
+            expected[normal(prediction, now)] = loss_of(prediction, now)
+    found = prediction.exchanges(layout)
+    losses = [other.loss for other in found]
+    assert losses == sorted(losses)
+    assert len(found) == min(len(expected), layouts.BATCH)
+    for other in found:
+        key = normal(prediction, left_sparse(prediction, other))
+        assert other.loss == pytest.approx(expected[key])
+    if expected:
+        assert losses[0] == pytest.approx(min(expected.values()))
+    whole = Prediction(prediction.effects.sum(3, keepdim=True), prediction.layers, prediction.joint)
+    if layout.full_heads:
+        assert whole.exchanges(layout) == []
+    else:
+        assert not any(other.full_heads for other in whole.exchanges(layout))
+
+
 @settings(deadline=None, max_examples=10)
 @given(problems(), problems(fewest=8, most=10), st.integers(1, 4))
 def test_search_goes_to_the_best_neighbour_while_there_is_a_better_one(few, many, starts):

@@ -108,6 +108,37 @@ class Prediction:
         full_layers, selecting = (tuple(self.layers[place] for place in places) for places in (full, sorted(select)))
         return Layout(full_layers, selecting, tuple(single), loss)
 
+    def exchanges(self, layout: Layout) -> list[Layout]:
+        """Layouts with the same selecting layers in which one dense KV head and a sparse one change roles; best first.
+
+        Where heads are summed up to layers, these are layers; a layout with single heads has no such exchanges.
+        """
+        count, kv_heads = self.effects.shape[2:]
+        places = {layer: place for place, layer in enumerate(self.layers)}
+        if kv_heads == 1 and layout.full_heads:
+            return []
+        sources = [_before(place, [places[layer] for layer in layout.select]) for place in range(count)]
+        free = torch.tensor([source >= 0 for source in sources])[:, None].expand(-1, kv_heads).clone()
+        sparse = free.clone()
+        sparse[[places[layer] for layer in layout.full]] = False
+        for layer, head in layout.full_heads:
+            sparse[places[layer], head] = False
+        columns = self.effects[:, sources, torch.arange(count)].flatten(1).T  # [all KV heads, N]
+        dense, reads = (free & ~sparse).flatten().nonzero()[:, 0], sparse.flatten().nonzero()[:, 0]
+        if not len(dense) or not len(reads):
+            return []
+        alone, total = columns.square().sum(1), columns[reads].sum(0)
+        changed = total + columns[dense][:, None] - columns[reads]  # [dense, sparse, N]
+        together = changed.square().sum(2)
+        apart = alone[reads].sum() + alone[dense][:, None] - alone[reads]
+        losses = (self.joint * together + (1 - self.joint) * apart).flatten()
+        found = []
+        for i in losses.argsort()[:BATCH].tolist():
+            now = sparse.flatten().clone()
+            now[dense[i // len(reads)]], now[reads[i % len(reads)]] = True, False
+            found.append(self._layout(float(losses[i]), sources, now.view(count, kv_heads).tolist()))
+        return found
+
 
 def _before(place: int, selecting: Sequence[int]) -> int:
     """The last selecting place before a place whose layer reads it; -1 for one that selects or comes before all."""

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,7 +170,7 @@ class Wish:
     dense_layers: int | None = None
     target_kl: float | None = None
     prompts: int = 3
-    trials: int = 12
+    trials: int = 16
     chat: bool = False
     map: bool = False
 
@@ -392,11 +392,14 @@ def calibrate(engine: Engine, text: str, wish: Wish, partial: Path | None = None
             yield None
         best = _best(tried[dense])
     dense = _number(wish, tried, len(layers))
-    for prediction in islice(cycle(predictions), max(0, wish.trials - len(tried[dense]))):
-        near = neighbours(_best(tried[dense]), prediction, dense)
+    for prediction, exchange in islice(cycle(product(predictions, (False, True))), 2 * wish.trials):
+        if len(tried[dense]) >= wish.trials:
+            break
+        best = _best(tried[dense])
+        near = prediction.exchanges(best) if exchange else neighbours(best, prediction, dense)
         for layout in [x for x in near if x not in tried[dense]][:1]:
             tried[dense][layout] = calibrator.measured(calibrator.policy(layout), 1)
-        yield None
+            yield None
     layout = _best(tried[dense])
     head_map = None
     if wish.map:
