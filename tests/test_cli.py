@@ -618,6 +618,11 @@ def test_calibrate_goes_on_where_it_was_stopped(run, folder, book, tmp_path, mon
     assert f"Stopped; the same command goes on from {tmp_path / 'springtide.partial'}." in result.err
     assert os.listdir(tmp_path) == ["springtide.partial"]
     monkeypatch.setattr("springtide.evaluation.effects.Recording.effects", lambda _: pytest.fail("did it again"))
+    with monkeypatch.context() as patch:
+        patch.setattr("springtide.evaluation.calibrate.write", lambda *_: pytest.fail("the disk is full"))
+        with pytest.raises(pytest.fail.Exception):
+            run(*command)
+    assert "springtide.partial" in os.listdir(tmp_path)
     assert run(*command).code == 0
     assert sorted(os.listdir(tmp_path)) == ["springtide.json", "springtide.png"]
 
@@ -629,7 +634,7 @@ def test_calibrate_goes_on_where_it_was_stopped(run, folder, book, tmp_path, mon
         (["--dense-layers", 2, "--target-kl", 0.1], "Give either --dense-layers or --target-kl, not both"),
         (["--target-kl", -1], "--target-kl is -1.0, but it must be above 0"),
         (["--length", 200, "--budget", 200], "must be at least 1 and below the length, 200"),
-        (["--length", 128, "--budget", 16], "too short to calibrate at"),
+        (["--length", 64, "--budget", 16], "too short to calibrate at"),
         (["--length", 5000], "model's context holds 1024; use a shorter length"),
         (["--chat", "--length", 400], "does not take a question"),
     ],

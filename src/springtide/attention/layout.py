@@ -1,15 +1,13 @@
 """What of TidalDecode is dense and which layers select: the layouts that are predicted to change least.
 
-What a layout changes is predicted from *effects* (:mod:`springtide.evaluation.effects`): a column for each selecting
-layer and each KV head that reads its choice. If what heads do wrong is unrelated, the columns' squares add up; if it is
-not, the columns add up before they are squared. Given the layers that select, KV heads are made dense one by one, each
-the one that then leaves the least loss; the layers that select are looked for step by step. Which layout is best is
-for a measurement of the model's output to say.
+A layout is predicted to lose the sum of what each of its sparse KV heads loses under the choice of the last layer that
+selected (:mod:`springtide.evaluation.effects`). So, given the layers that select, the KV heads that would lose most are
+dense; the layers that select are looked for step by step. Predictions learn from layouts that were measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -19,7 +17,9 @@ from torch import Tensor
 
 from springtide.options import KVHead
 
-BATCH = 64  # choices of selecting layers that are looked at side by side
+EXCHANGES = 64  # that are looked at
+RIDGE = 0.05  # how much a correction costs, squared, beside squares of relative errors
+LEAST = 0.25  # of a prediction is left when it is corrected
 
 
 @dataclass(frozen=True)
@@ -48,101 +48,111 @@ class Layout:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicts losses from ``effects [N, selecting, reading, KV head]`` of pairs of ``layers``.
+    """What each KV head of a layer loses by reading what another layer selected: ``losses`` add up to a layout's.
 
-    A loss is the share ``joint`` of its columns' sum, squared, and the rest of the sum of their squares.
+    ``losses [selecting, reading, KV head]``, fp64, nats a token, are those of pairs of ``layers``.
     """
 
-    effects: Tensor
+    losses: Tensor
     layers: Sequence[int]
-    joint: float
 
-    def layouts(self, choices: Iterable[tuple[int, ...]], dense: int) -> list[Layout]:
+    def layouts(self, choices: Collection[tuple[int, ...]], dense: int) -> list[Layout]:
         """For each choice of layers that select, the layout with as many dense KV heads as ``dense`` layers have.
 
         Layers before the first that selects are full. Choices for which that is too few heads are left out, and those
         that leave none sparse. The best come first.
         """
-        places = {layer: place for place, layer in enumerate(self.layers)}
-        chosen = [sorted(places[layer] for layer in choice) for choice in choices]
-        batches = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
-        found = dict.fromkeys(layout for batch in batches for layout in self._filled(batch, dense))
+        sources = torch.stack([self._sources(choice) for choice in choices])
+        losses, reads = self._read(sources)
+        left = dense * self.losses.shape[2] - (~reads).flatten(1).sum(1)
+        most_first = losses.masked_fill(~reads, -1).flatten(1).argsort(1, descending=True)
+        sparse = reads & (most_first.argsort(1) >= left[:, None]).view_as(reads)
+        found = dict.fromkeys(
+            self._layout(*each)
+            for each in zip(sources[left >= 0], losses[left >= 0], sparse[left >= 0], strict=True)
+            if each[2].any()
+        )
         return sorted(found, key=lambda layout: layout.loss)
 
-    def _filled(self, choices: Sequence[Sequence[int]], dense: int) -> list[Layout]:
-        """The same for a few choices of places in the list of layers."""
-        count, kv_heads = self.effects.shape[2:]
-        sources = torch.tensor([[_before(place, choice) for place in range(count)] for choice in choices])
-        sparse = (sources >= 0)[:, :, None].expand(-1, -1, kv_heads).flatten(1)  # [choices, all KV heads]
-        columns = self.effects[:, sources, torch.arange(count)].flatten(2).permute(1, 2, 0) * sparse[:, :, None]
-        products = columns @ columns.transpose(1, 2)
-        alone, with_sum = products.diagonal(dim1=1, dim2=2), products.sum(2)
-        together, apart = with_sum.sum(1), alone.sum(1)
-        left = dense * kv_heads - (~sparse).sum(1)
-        rows = torch.arange(len(choices))
-        for step in range(max(0, int(left.max()))):
-            gain = self.joint * (2 * with_sum - alone) + (1 - self.joint) * alone
-            gain, head = gain.masked_fill(~sparse, -torch.inf).max(1)
-            taken = (step < left) & gain.isfinite()
-            sparse[rows[taken], head[taken]] = False
-            together = together - taken * (2 * with_sum[rows, head] - alone[rows, head])
-            apart = apart - taken * alone[rows, head]
-            with_sum = with_sum - taken[:, None] * products[rows, head]
-        losses = (self.joint * together + (1 - self.joint) * apart).clamp(min=0).tolist()
-        return [
-            self._layout(loss, source, heads.view(count, kv_heads).tolist())
-            for loss, source, heads, rest in zip(losses, sources.tolist(), sparse, left, strict=True)
-            if rest >= 0 and heads.any()
-        ]
-
-    def _layout(self, loss: float, sources: list[int], sparse: list[list[bool]]) -> Layout:
-        """A layer whose heads are all dense is full, unless it selects what is read."""
-        select = {source for source, heads in zip(sources, sparse, strict=True) if any(heads)}
-        full = [place for place, heads in enumerate(sparse) if not any(heads) and place not in select]
-        single = [
-            KVHead(self.layers[place], head)
-            for place, heads in enumerate(sparse)
-            for head, reads in enumerate(heads)
-            if any(heads) and not reads
-        ]
-        full_layers, selecting = (tuple(self.layers[place] for place in places) for places in (full, sorted(select)))
-        return Layout(full_layers, selecting, tuple(single), loss)
-
     def exchanges(self, layout: Layout) -> list[Layout]:
-        """Layouts with the same selecting layers in which one dense KV head and a sparse one change roles; best first.
-
-        Where heads are summed up to layers, these are layers; a layout with single heads has no such exchanges.
-        """
-        count, kv_heads = self.effects.shape[2:]
-        places = {layer: place for place, layer in enumerate(self.layers)}
-        if kv_heads == 1 and layout.full_heads:
-            return []
-        sources = [_before(place, [places[layer] for layer in layout.select]) for place in range(count)]
-        free = torch.tensor([source >= 0 for source in sources])[:, None].expand(-1, kv_heads).clone()
-        sparse = free.clone()
-        sparse[[places[layer] for layer in layout.full]] = False
-        for layer, head in layout.full_heads:
-            sparse[places[layer], head] = False
-        columns = self.effects[:, sources, torch.arange(count)].flatten(1).T  # [all KV heads, N]
-        dense, reads = (free & ~sparse).flatten().nonzero()[:, 0], sparse.flatten().nonzero()[:, 0]
-        if not len(dense) or not len(reads):
-            return []
-        alone, total = columns.square().sum(1), columns[reads].sum(0)
-        changed = total + columns[dense][:, None] - columns[reads]  # [dense, sparse, N]
-        together = changed.square().sum(2)
-        apart = alone[reads].sum() + alone[dense][:, None] - alone[reads]
-        losses = (self.joint * together + (1 - self.joint) * apart).flatten()
+        """Layouts in which one dense KV head and a sparse one change roles; best first."""
+        sources = self._sources(layout.select)
+        losses, reads = (x[0] for x in self._read(sources[None]))
+        sparse = self._sparse(layout, reads)
+        dense, reader = (reads & ~sparse).flatten().nonzero(), sparse.flatten().nonzero()[:, 0]
+        changes = losses.flatten()[dense] - losses.flatten()[reader]
         found = []
-        for i in losses.argsort()[:BATCH].tolist():
+        for place in changes.flatten().argsort()[:EXCHANGES].tolist():
             now = sparse.flatten().clone()
-            now[dense[i // len(reads)]], now[reads[i % len(reads)]] = True, False
-            found.append(self._layout(float(losses[i]), sources, now.view(count, kv_heads).tolist()))
+            now[dense[place // len(reader)]], now[reader[place % len(reader)]] = True, False
+            found.append(self._layout(sources, losses, now.view_as(sparse)))
         return found
 
+    def corrected(self, measured: Mapping[Layout, float]) -> Prediction:
+        """Predictions that agree better with the losses that were ``measured``.
 
-def _before(place: int, selecting: Sequence[int]) -> int:
-    """The last selecting place before a place whose layer reads it; -1 for one that selects or comes before all."""
-    return max((other for other in selecting if other < place), default=-1) if place not in selecting else -1
+        One factor for all, plus a correction for each layer that selects and for each KV head that reads, as small as
+        the measurements allow (ridge regression of relative errors): what gradients of a dense pass miss is how much
+        worse a layer selects, and a head bears it, where the layers before are sparse.
+        """
+        if not measured:
+            return self
+        predicted = torch.stack([self.lost(layout) for layout in measured])
+        predicted /= torch.tensor([*measured.values()], dtype=predicted.dtype)[:, None, None, None]
+        totals = predicted.sum((1, 2, 3))
+        factor = totals.sum() / totals.square().sum()
+        parts = torch.cat([predicted.sum((2, 3)), predicted.sum(1).flatten(1)], 1)
+        squares = parts.T @ parts + RIDGE * torch.eye(parts.shape[1], dtype=parts.dtype)
+        selecting, reading = torch.linalg.solve(squares, parts.T @ (1 - factor * totals)).split(
+            [len(self.layers), parts.shape[1] - len(self.layers)]
+        )
+        factors = factor + selecting[:, None, None] + reading.view(self.losses.shape[1:])
+        return Prediction(self.losses * factors.clamp(min=LEAST * float(factor)), self.layers)
+
+    def lost(self, layout: Layout) -> Tensor:
+        """The losses that add up to a layout's, in their places; the others are 0."""
+        sources = self._sources(layout.select)
+        losses, reads = (x[0] for x in self._read(sources[None]))
+        found = torch.zeros_like(self.losses)
+        found[sources, torch.arange(len(sources))] = losses * self._sparse(layout, reads)
+        return found
+
+    def _sources(self, select: Collection[int]) -> Tensor:
+        """For the place of each layer the place of that whose choice it reads; -1 where that is none."""
+        selecting = [layer in select for layer in self.layers]
+        last, found = -1, []
+        for place, selects in enumerate(selecting):
+            last = place if selects else last
+            found.append(-1 if selects else last)
+        return torch.tensor(found)
+
+    def _read(self, sources: Tensor) -> tuple[Tensor, Tensor]:
+        """What each KV head would lose, and whether it has a choice to read: ``[choices, reading, KV head]``."""
+        losses = self.losses[sources, torch.arange(sources.shape[1])]
+        return losses, (sources >= 0)[:, :, None].expand_as(losses)
+
+    def _sparse(self, layout: Layout, reads: Tensor) -> Tensor:
+        """Which KV heads ``[reading, KV head]`` of those that could read a choice do so."""
+        sparse = reads.clone()
+        sparse[[self.layers.index(layer) for layer in layout.full]] = False
+        for layer, head in layout.full_heads:
+            sparse[self.layers.index(layer), head] = False
+        return sparse
+
+    def _layout(self, sources: Tensor, losses: Tensor, sparse: Tensor) -> Layout:
+        """A layer whose heads are all dense is full, unless it selects what is read."""
+        heads = [[head for head, reads in enumerate(row) if not reads] for row in sparse.tolist()]
+        whole = [len(dense) == sparse.shape[1] for dense in heads]
+        select = {source for source, dense in zip(sources.tolist(), whole, strict=True) if not dense}
+        full = [layer for place, layer in enumerate(self.layers) if whole[place] and place not in select]
+        selecting = [layer for place, layer in enumerate(self.layers) if place in select]
+        single = [
+            KVHead(layer, head)
+            for layer, dense, all_ in zip(self.layers, heads, whole, strict=True)
+            if not all_
+            for head in dense
+        ]
+        return Layout(tuple(full), tuple(selecting), tuple(single), float((losses * sparse).sum()))
 
 
 def neighbours(layout: Layout, prediction: Prediction, dense: int) -> list[Layout]:
@@ -154,16 +164,13 @@ def neighbours(layout: Layout, prediction: Prediction, dense: int) -> list[Layou
     return [other for other in found if other != layout]
 
 
-def search(prediction: Prediction, dense: int, starts: int) -> Layout:
+def search(prediction: Prediction, dense: int) -> Layout:
     """The layout with as many dense KV heads as ``dense`` layers have, not all, that is predicted to lose least.
 
-    From each of the best ``starts`` of those in which one or two layers select, to the best neighbour while there is a
-    better one.
+    From the best of those in which one or two layers select, to the best neighbour while there is a better one.
     """
     choices = [choice for count in (1, 2) for choice in combinations(prediction.layers, count)]
-    found = []
-    for layout in prediction.layouts(choices, dense)[:starts]:
-        while (near := neighbours(layout, prediction, dense)) and near[0].loss < layout.loss:
-            layout = near[0]
-        found.append(layout)
-    return min(found, key=lambda layout: layout.loss)
+    layout = prediction.layouts(choices, dense)[0]
+    while (near := neighbours(layout, prediction, dense)) and near[0].loss < layout.loss:
+        layout = near[0]
+    return layout

@@ -1,9 +1,10 @@
 """Chooses TidalDecode's layers for a model, says how much they change its predictions, and writes them down.
 
-Three sets of prompts that share no fact and no question. On the first, gradients predict what every pair of a selecting
-and a reading layer changes (:mod:`springtide.evaluation.effects`), which gives candidate layouts for every number of
-dense layers. On the second the divergence of each candidate's predictions from dense ones is measured, and the best
-one taken. On the third, the divergence of that one is measured again, and this is the figure that can be trusted.
+Two sets of prompts that share no fact and no question. On the first, gradients predict what every pair of a selecting
+and a reading layer changes (:mod:`springtide.evaluation.effects`). Of the layout that is predicted to be best the
+divergence from dense predictions is measured; every measurement corrects the predictions, and so on, for several
+numbers of dense layers. The best layout measured is taken. On the second set its divergence is measured again, and this
+is the figure that can be trusted.
 
 Half of the prompts are contexts with facts and questions about them, of which only the numbers in the answers count:
 nothing but the context tells them, so they show what a layout cannot find. The other half is plain text. A number
@@ -19,7 +20,6 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,10 +41,9 @@ from springtide.files import replacing
 from springtide.options import KVHead
 
 DEPTHS = tuple((i + 0.5) / 8 for i in range(8))  # of the facts in a context that is asked about
-TEXT_ROWS = 128  # tokens at the end of a plain text that are decoded
+TEXT_ROWS = 64  # tokens at the end of a plain text that are decoded
 TEXT_WEIGHT = 0.5  # of the mean over plain texts, beside the mean over questions
-JOINT = (0.0, 0.5)  # how much sparse layers' effects are taken to add up, see Prediction
-STARTS = 2  # layouts that the search starts from
+TRIED = 3  # layouts that are measured at every place along the curve, at most
 SHARES = (1 / 10, 1 / 5, 1 / 3, 1 / 2)  # of layers that are dense, along the curve
 BUDGETS = (0.5, 1, 2)  # times the budget, along the curve
 PARTIAL = "springtide.partial"
@@ -159,7 +158,7 @@ class Wish:
         length: context length in tokens.
         dense_layers: full and selecting layers together (None: a third, unless ``target_kl`` says).
         target_kl: take the fewest dense layers whose questions diverge by at most so many nats a token.
-        prompts: contexts with questions in each of the three sets, and as many plain texts.
+        prompts: contexts with questions, and as many plain texts, to choose a layout by; as many again to judge it.
         trials: layouts that are measured for the number of dense layers that is taken.
         chat: questions are asked in the model's chat template.
         map: learn the map between KV heads that ``heads=map`` needs.
@@ -169,8 +168,8 @@ class Wish:
     length: int = 2048
     dense_layers: int | None = None
     target_kl: float | None = None
-    prompts: int = 3
-    trials: int = 16
+    prompts: int = 5
+    trials: int = 20
     chat: bool = False
     map: bool = False
 
@@ -204,7 +203,7 @@ class Partial:
 
     path: Path | None
     key: str
-    effects: dict[int, Tensor] = field(default_factory=dict)
+    losses: dict[int, Tensor] = field(default_factory=dict)
     measured: dict[tuple[Any, ...], Measured] = field(default_factory=dict)
 
     @classmethod
@@ -218,7 +217,7 @@ class Partial:
             if found["key"] != key:
                 return fresh
             measured = {name: Measured(*values) for name, values in found["measured"].items()}
-            return cls(path, key, found["effects"], measured)
+            return cls(path, key, found["losses"], measured)
         except Exception:  # the file may hold anything; it is measured again
             return fresh
 
@@ -227,12 +226,7 @@ class Partial:
         if self.path is not None:
             measured = {name: tuple(asdict(value).values()) for name, value in self.measured.items()}
             with replacing(self.path) as temporary:
-                torch.save({"key": self.key, "effects": self.effects, "measured": measured}, temporary)
-
-    def forget(self) -> None:
-        """Remove the file."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+                torch.save({"key": self.key, "losses": self.losses, "measured": measured}, temporary)
 
 
 class Calibrator:
@@ -259,7 +253,7 @@ class Calibrator:
         self._questions(0)
 
     def prompts(self, which: int) -> range:
-        """Numbers of the passages of a set: 0 for effects, 1 to choose by, 2 to trust; half of them plain text."""
+        """Numbers of the passages of a set: 0 to choose by, 1 to trust; half of them plain text."""
         count = 2 * self.wish.prompts
         return range(which * count, (which + 1) * count)
 
@@ -269,18 +263,20 @@ class Calibrator:
         return self.engine.read(context).cache, Branches.of(texts)
 
     def passage(self, number: int) -> Passage:
-        """A passage to measure layouts on, which is kept."""
+        """A passage to measure layouts on, which is kept until one of the other set is asked for."""
         if number not in self._passages:
             cache, rows = self.read(number)
+            own = self.prompts(number // (2 * self.wish.prompts))
+            self._passages = {other: kept for other, kept in self._passages.items() if other in own}
             self._passages[number] = Passage(cache, rows, self._predict(self.engine, cache, rows))
         return self._passages[number]
 
-    def effects(self, number: int) -> Tensor:
-        """Effects on a passage, ``[N, selecting, reading, KV head]`` of all layers, squares adding up to nats."""
-        if number not in self.partial.effects:
-            self.partial.effects[number] = self.recording(number).effects()
+    def losses(self, number: int) -> Tensor:
+        """What is predicted to be lost on a passage, nats a token: ``[selecting, reading, KV head]`` of all layers."""
+        if number not in self.partial.losses:
+            self.partial.losses[number] = self.recording(number).effects().double().square().sum(0)
             self.partial.save()
-        return self.partial.effects[number]
+        return self.partial.losses[number]
 
     def recording(self, number: int, heads: Literal["all", "kv"] | None = None) -> Recording:
         """Gradients on a passage, and selections as the policy makes them, or for ``heads``."""
@@ -288,10 +284,9 @@ class Calibrator:
         tidal = self.tidal if heads is None else replace(self.tidal, heads=heads)
         return Recording.of(self.engine.stack, *self.read(number), tidal, draws)
 
-    def weights(self) -> list[float]:
-        """What the effects of each passage of set 0 are multiplied with, so that squares sum up to the loss."""
-        kinds = (1 / self.wish.prompts, TEXT_WEIGHT / self.wish.prompts)
-        return [math.sqrt(kinds[number % 2]) for number in self.prompts(0)]
+    def weight(self, number: int) -> float:
+        """What effects on a passage are multiplied with, so that squares over a set add up to the loss."""
+        return math.sqrt((TEXT_WEIGHT if number % 2 else 1) / self.wish.prompts)
 
     def measured(self, tidal: Tidal, which: int) -> Measured:
         """Divergences under ``tidal``, resolved, on a set of passages."""
@@ -327,7 +322,7 @@ class Calibrator:
 
     def cost(self, layout: Layout) -> Cost:
         """Times a token after a context, all layers dense and with the layout, and draws a line through them."""
-        passage = self.passage(self.prompts(2)[1])
+        passage = self.passage(self.prompts(1)[1])
         first = passage.cache.read(self.layers[0], 0, 1)
         token, kv_heads = sum(x.nbytes for x in first), len(first[0])
         windows = tuple(window for window in self.engine.stack.spec.windows if window is not None)
@@ -361,65 +356,53 @@ class Calibrator:
     def _text(self, number: int) -> tuple[list[int], list[tuple[list[int], int]]]:
         """A stretch of plain text, the end of which is to be predicted."""
         book, length = self.haystack.book, self.wish.length
-        start = round(number * (len(book) - length) / max(1, 3 * self.wish.prompts - 1))
+        start = round(number * (len(book) - length) / (2 * self.wish.prompts - 1))
         window = self.engine.encode("") + book[start : start + length]
         end = len(window) - TEXT_ROWS
         return window[:end], [(window[end:], TEXT_ROWS - 1)]
 
 
 def calibrate(engine: Engine, text: str, wish: Wish, partial: Path | None = None) -> Iterator[Calibration | None]:
-    """Choose full and selecting layers, see the module; ``partial`` is a file to go on from.
+    """Choose full and selecting layers, see the module; ``partial`` is a file to go on from, the caller's to remove.
 
     Yields None after every step, for progress, and the result last. Raises SpringtideError, before any work, for a text
     too short or for what the model does not have.
     """
     calibrator = Calibrator(engine, text, wish, partial)
     layers = calibrator.layers
-    effects = []
-    for number, weight in zip(calibrator.prompts(0), calibrator.weights(), strict=True):
-        effects.append(calibrator.effects(number) * weight)
+    for number in calibrator.prompts(0):
+        calibrator.losses(number)
         yield None
-    predictions = _predictions(torch.cat(effects), layers)
-    tried: dict[int, dict[Layout, Measured]] = {}
-    best: Layout | None = None
+    explorer = Explorer(calibrator)
     for dense in ladder(len(layers), wish.dense_layers):
-        candidates = [search(prediction, dense, STARTS) for prediction in predictions]
-        if best is not None:  # the same layers select, and more is dense
-            candidates += predictions[-1].layouts([best.select], dense)
-        tried[dense] = {}
-        for layout in dict.fromkeys(candidates):
-            tried[dense][layout] = calibrator.measured(calibrator.policy(layout), 1)
+        for _ in range(min(TRIED, wish.trials)):
+            explorer.step(dense)
             yield None
-        best = _best(tried[dense])
+    tried = explorer.tried
     dense = _number(wish, tried, len(layers))
-    for prediction, exchange in islice(cycle(product(predictions, (False, True))), 2 * wish.trials):
-        if len(tried[dense]) >= wish.trials:
-            break
-        best = _best(tried[dense])
-        near = prediction.exchanges(best) if exchange else neighbours(best, prediction, dense)
-        for layout in [x for x in near if x not in tried[dense]][:1]:
-            tried[dense][layout] = calibrator.measured(calibrator.policy(layout), 1)
-            yield None
+    for _ in range(wish.trials - TRIED):
+        explorer.step(dense)
+        yield None
     layout = _best(tried[dense])
+    drawn = [(number, _best(found), scale) for number, found in tried.items() for scale in BUDGETS]
+    for _, chosen, scale in drawn:
+        calibrator.measured(calibrator.policy(chosen, scale=scale), 0)
+        yield None
     head_map = None
     if wish.map:
         learner = MapLearner(layout, layers)
-        for number, weight in zip(calibrator.prompts(0), calibrator.weights(), strict=True):
-            learner.add(calibrator.recording(number, "kv"), weight)
+        for number in calibrator.prompts(0):
+            learner.add(calibrator.recording(number, "kv"), calibrator.weight(number))
             yield None
         head_map = learner.learn()
-    fresh = calibrator.measured(calibrator.policy(layout), 2)
-    mapped = None if head_map is None else calibrator.measured(calibrator.policy(layout, head_map), 2)
+    fresh = calibrator.measured(calibrator.policy(layout), 1)
+    mapped = None if head_map is None else calibrator.measured(calibrator.policy(layout, head_map), 1)
     yield None
-    curve = []
     cost = calibrator.cost(layout)
-    for number, found in tried.items():
-        chosen = _best(found)
-        for scale in BUDGETS:
-            policy = calibrator.policy(chosen, scale=scale)
-            curve.append(_point(number, chosen, policy.budget_at(wish.length), calibrator.measured(policy, 1), cost))
-            yield None
-    calibrator.partial.forget()
+    curve = []
+    for number, chosen, scale in drawn:
+        policy = calibrator.policy(chosen, scale=scale)
+        curve.append(_point(number, chosen, policy.budget_at(wish.length), calibrator.measured(policy, 0), cost))
     ranked = sorted(tried[dense].items(), key=lambda pair: pair[1].loss)
     yield Calibration(dense, layout, ranked, fresh, head_map, mapped, curve, cost, calibrator.budget, wish.length)
 
@@ -430,18 +413,61 @@ def brief(engine: Engine, text: str, wish: Wish) -> Iterator[dict[str, Any] | No
     Yields None after every passage, of which there are two a prompt, for progress, and the result last.
     """
     calibrator = Calibrator(engine, text, wish)
-    effects = []
-    for number, weight in zip(calibrator.prompts(0), calibrator.weights(), strict=True):
-        effects.append(calibrator.effects(number) * weight)
+    for number in calibrator.prompts(0):
+        calibrator.losses(number)
         yield None
-    layers = calibrator.layers
-    layout = search(_predictions(torch.cat(effects), layers)[-1], a_third(len(layers)), STARTS)
+    layout = search(Explorer(calibrator).prediction(), a_third(len(calibrator.layers)))
     yield {"version": VERSION, "tidal": {**layout.as_json(), "budget": calibrator.budget, "length": wish.length}}
 
 
-def _predictions(effects: Tensor, layers: Sequence[int]) -> list[Prediction]:
-    """With whole layers dense, and with KV heads one by one."""
-    return [Prediction(x, layers, joint) for x in (effects.sum(3, keepdim=True), effects) for joint in JOINT]
+class Explorer:
+    """Measures layouts that are predicted to be best, and learns from it.
+
+    ``tried``: by number of dense layers, the layouts that were measured.
+    """
+
+    def __init__(self, calibrator: Calibrator) -> None:
+        self.calibrator = calibrator
+        self.tried: dict[int, dict[Layout, Measured]] = {}
+        losses = [calibrator.losses(number) for number in calibrator.prompts(0)]
+        self._questions, self._texts = (
+            Prediction(torch.stack(own).mean(0), calibrator.layers) for own in (losses[::2], losses[1::2])
+        )
+
+    def prediction(self) -> Prediction:
+        """Of the loss that layouts are compared by, corrected by all that were measured."""
+        found = {layout: measured for own in self.tried.values() for layout, measured in own.items()}
+        questions = self._questions.corrected({x: statistics.fmean(y.questions) for x, y in found.items()})
+        texts = self._texts.corrected({x: statistics.fmean(y.texts) for x, y in found.items()})
+        return Prediction(questions.losses + TEXT_WEIGHT * texts.losses, questions.layers)
+
+    def step(self, dense: int) -> None:
+        """Measure one layout more with so many dense layers, if there is one close to the best.
+
+        Every other one has selecting layers that were not tried, if there are any.
+        """
+        near = self.near(dense)
+        tried = self.tried.setdefault(dense, {})
+        untried = [layout for layout in near if layout not in tried]
+        selects = {layout.select for layout in tried}
+        elsewhere = [layout for layout in untried if layout.select not in selects] if len(tried) % 2 else []
+        if untried:
+            layout = min(elsewhere or untried, key=lambda layout: layout.loss)
+            tried[layout] = self.calibrator.measured(self.calibrator.policy(layout), 0)
+
+    def near(self, dense: int) -> list[Layout]:
+        """Layouts that may be good with so many dense layers.
+
+        First the one with the selecting layers that were best for the number before, which stand out more where less is
+        dense; then those around the one that is predicted to be best, and around the best one.
+        """
+        prediction, tried = self.prediction(), self.tried.get(dense)
+        if self.tried and not tried:
+            *_, before = self.tried.values()
+            return prediction.layouts([_best(before).select], dense)
+        centres = [search(prediction, dense), *([_best(tried)] if tried else [])]
+        around = [[x, *neighbours(x, prediction, dense), *prediction.exchanges(x)] for x in centres]
+        return [layout for found in around for layout in found]
 
 
 def a_third(layers: int) -> int:
@@ -459,7 +485,7 @@ def steps(engine: Engine, wish: Wish) -> int:
     """How many steps :func:`calibrate` takes at most."""
     points = len(ladder(len(engine.stack.spec.global_layers), wish.dense_layers))
     prompts = (4 if wish.map else 2) * wish.prompts
-    return prompts + points * (1 + 2 * len(JOINT) + len(BUDGETS)) + wish.trials + 1
+    return prompts + points * (TRIED + len(BUDGETS)) + max(0, wish.trials - TRIED) + 1
 
 
 def _number(wish: Wish, tried: dict[int, dict[Layout, Measured]], layers: int) -> int:
