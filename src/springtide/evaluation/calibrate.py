@@ -257,15 +257,11 @@ class Calibrator:
         count = 2 * self.wish.prompts
         return range(which * count, (which + 1) * count)
 
-    def read(self, number: int) -> tuple[Cache, Branches]:
-        """A passage's context, read, and what goes on from it: of even number questions, of odd number plain text."""
-        context, texts = self._text(number // 2) if number % 2 else self._questions(number // 2)
-        return self.engine.read(context).cache, Branches.of(texts)
-
     def passage(self, number: int) -> Passage:
-        """A passage to measure layouts on, which is kept until one of the other set is asked for."""
+        """A passage: of even number questions, of odd number plain text. It is kept until the other set's turn."""
         if number not in self._passages:
-            cache, rows = self.read(number)
+            context, texts = self._text(number // 2) if number % 2 else self._questions(number // 2)
+            cache, rows = self.engine.read(context).cache, Branches.of(texts)
             own = self.prompts(number // (2 * self.wish.prompts))
             self._passages = {other: kept for other, kept in self._passages.items() if other in own}
             self._passages[number] = Passage(cache, rows, self._predict(self.engine, cache, rows))
@@ -282,7 +278,8 @@ class Calibrator:
         """Gradients on a passage, and selections as the policy makes them, or for ``heads``."""
         draws = torch.Generator().manual_seed(number)
         tidal = self.tidal if heads is None else replace(self.tidal, heads=heads)
-        return Recording.of(self.engine.stack, *self.read(number), tidal, draws)
+        passage = self.passage(number)
+        return Recording.of(self.engine.stack, passage.cache, passage.rows, tidal, draws)
 
     def weight(self, number: int) -> float:
         """What effects on a passage are multiplied with, so that squares over a set add up to the loss."""
