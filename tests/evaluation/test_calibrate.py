@@ -211,9 +211,12 @@ def test_the_number_of_dense_layers_may_be_given(dense):
 
 
 def test_a_target_takes_the_fewest_dense_layers_that_meet_it():
+    """By the prompts that layouts are explored on."""
     shallow = engine()
-    curve = calibrated(shallow, trials=1).curve
-    kl = {point.dense_layers: point.kl_questions for point in curve if point.budget == 32}
+    again, kl = Calibrator(shallow, BOOK, WISH), {}
+    for point in calibrated(shallow, trials=1).curve:
+        layout = Layout(point.full, point.select, point.full_heads)
+        kl[point.dense_layers] = statistics.fmean(again.measured(again.policy(layout), 0).questions)
     assert set(kl) == {1, 2} and kl[2] < kl[1]
     for target, dense in ((kl[1], 1), (kl[1] * 0.999, 2), (kl[2] * 0.999, 2)):
         assert worth(calibrated(shallow, trials=1, target_kl=target).layout) == dense
@@ -231,7 +234,7 @@ def test_the_curve_has_every_number_of_layers_and_every_budget():
         layout = Layout(point.full, point.select, point.full_heads)
         if point.dense_layers == 2:
             assert layout == found().layout
-        measured = again.measured(again.policy(layout, scale=point.budget / 32), 0)
+        measured = again.measured(again.policy(layout, scale=point.budget / 32), 2)
         assert point.kl_questions == pytest.approx(statistics.fmean(measured.questions), rel=1e-4)
         assert point.kl_text == pytest.approx(statistics.fmean(measured.texts), rel=1e-4)
         assert point.predicted_ms > 0
@@ -326,32 +329,32 @@ def compared(engine, policy, context, tokens, predicted):
 def test_what_is_right_is_counted():
     """An answer is one that all of its tokens are right of; dense answers beside."""
     calibrator = Calibrator(engine(), BOOK, replace(WISH, tidal=Tidal(budget=32, means=0)))
-    passage = calibrator.passage(2)
+    passage = calibrator.passage(4)
     chain = passage.rows.chain[passage.rows.counted]
     best = passage.dense.argmax(-1)
     answers = torch.where((chain == 1) | (chain == 3), best, (best + 1) % VOCAB)
     answers[(chain == 3).nonzero()[0]] += 1
-    calibrator._passages[2] = replace(passage, rows=replace(passage.rows, answers=answers))
+    calibrator._passages[4] = replace(passage, rows=replace(passage.rows, answers=answers))
     covering = calibrator.policy(Layout((0,), (1,)), scale=100)
     assert calibrator.budget == 32 and covering.budget == 399
-    measured = calibrator.measured(covering, 1)
+    measured = calibrator.measured(covering, 2)
     assert (measured.exact, measured.dense_exact) == (1, 1)
     assert max(measured.questions) < 1e-5
-    calibrator._passages[2] = replace(passage, dense=passage.dense.roll(1, -1))
+    calibrator._passages[4] = replace(passage, dense=passage.dense.roll(1, -1))
     calibrator.partial.measured.clear()
-    assert min(calibrator.measured(covering, 1).questions) > 0.1
+    assert min(calibrator.measured(covering, 2).questions) > 0.1
 
 
 def test_sets_share_nothing():
     calibrator = Calibrator(engine(), BOOK, replace(WISH, prompts=2))
-    sets = [set(calibrator.prompts(which)) for which in range(2)]
-    assert [len(own) for own in sets] == [4, 4]
-    assert set.union(*sets) == set(range(8)) and all(len({number % 2 for number in own}) == 2 for own in sets)
-    asked = [str(calibrator._questions(number)[1]) for number in range(4)]
-    contexts = [str(calibrator._text(number)[1]) for number in range(4)]
-    assert len(set(asked)) == len(set(contexts)) == 4
+    sets = [set(calibrator.prompts(which)) for which in range(3)]
+    assert [len(own) for own in sets] == [4, 4, 4]
+    assert set.union(*sets) == set(range(12)) and all(len({number % 2 for number in own}) == 2 for own in sets)
+    asked = [str(calibrator._questions(number)[1]) for number in range(6)]
+    contexts = [str(calibrator._text(number)[1]) for number in range(6)]
+    assert len(set(asked)) == len(set(contexts)) == 6
     told = [
-        question for number in range(4) for question in Haystack(tokenizer(), BOOK, seed=1).trial(400, number).questions
+        question for number in range(6) for question in Haystack(tokenizer(), BOOK, seed=1).trial(400, number).questions
     ]
     assert len({(question.word, question.digits) for question in told}) == len(told)
     # What squares of effects are weighted with sums up to the mean over questions and half of that over texts.
@@ -385,7 +388,7 @@ def test_trust():
     assert found().trust()["questions"] == len(DEPTHS)
     for head_map, measured in ((None, found().fresh), (found().head_map, found().mapped)):
         calibrator = Calibrator(deep(), BOOK, WISH)
-        assert calibrator.measured(calibrator.policy(found().layout, head_map), 1) == measured
+        assert calibrator.measured(calibrator.policy(found().layout, head_map), 2) == measured
     assert found().mapped != found().fresh
 
 

@@ -1,10 +1,10 @@
 """Chooses TidalDecode's layers for a model, says how much they change its predictions, and writes them down.
 
-Two sets of prompts that share no fact and no question. On the first, gradients predict what every pair of a selecting
+Three sets of prompts that share no fact and no question. On the first, gradients predict what every pair of a selecting
 and a reading layer changes (:mod:`springtide.evaluation.effects`). Of the layout that is predicted to be best the
 divergence from dense predictions is measured; every measurement corrects the predictions, and so on, for several
-numbers of dense layers. The best layout measured is taken. On the second set its divergence is measured again, and this
-is the figure that can be trusted.
+numbers of dense layers. Of the best few that were measured the second set chooses one. On the third its divergence is
+measured again, and this is the figure that can be trusted.
 
 Half of the prompts are contexts with facts and questions about them, of which only the numbers in the answers count:
 nothing but the context tells them, so they show what a layout cannot find. The other half is plain text. A number
@@ -44,6 +44,7 @@ DEPTHS = tuple((i + 0.5) / 8 for i in range(8))  # of the facts in a context tha
 TEXT_ROWS = 64  # tokens at the end of a plain text that are decoded
 TEXT_WEIGHT = 0.5  # of the mean over plain texts, beside the mean over questions
 TRIED = 3  # layouts that are measured at every place along the curve, at most
+FINALISTS = 8  # layouts that are measured on other prompts too
 SHARES = (1 / 10, 1 / 5, 1 / 3, 1 / 2)  # of layers that are dense, along the curve
 BUDGETS = (0.5, 1, 2)  # times the budget, along the curve
 PARTIAL = "springtide.partial"
@@ -71,6 +72,11 @@ class Measured:
     exact: int
     dense_exact: int
 
+    def __add__(self, other: Measured) -> Measured:
+        """On the prompts of both."""
+        exact, dense_exact = self.exact + other.exact, self.dense_exact + other.dense_exact
+        return Measured(self.questions + other.questions, self.texts + other.texts, exact, dense_exact)
+
     @property
     def loss(self) -> float:
         """What layouts are compared by."""
@@ -94,7 +100,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The layout chosen, with ``dense`` layers' worth of dense KV heads; the divergences that chose it, best first;
+    """The layout chosen, with ``dense`` layers' worth of dense KV heads; the divergences of the last few, best first;
 
     the trusted ones; the learnt map and the trusted divergences under it, if it was asked for; the curve.
     """
@@ -158,7 +164,7 @@ class Wish:
         length: context length in tokens.
         dense_layers: full and selecting layers together (None: a third, unless ``target_kl`` says).
         target_kl: take the fewest dense layers whose questions diverge by at most so many nats a token.
-        prompts: contexts with questions, and as many plain texts, to choose a layout by; as many again to judge it.
+        prompts: contexts with questions in each of the three sets, and as many plain texts.
         trials: layouts that are measured for the number of dense layers that is taken.
         chat: questions are asked in the model's chat template.
         map: learn the map between KV heads that ``heads=map`` needs.
@@ -168,8 +174,8 @@ class Wish:
     length: int = 2048
     dense_layers: int | None = None
     target_kl: float | None = None
-    prompts: int = 5
-    trials: int = 20
+    prompts: int = 3
+    trials: int = 32
     chat: bool = False
     map: bool = False
 
@@ -253,12 +259,12 @@ class Calibrator:
         self._questions(0)
 
     def prompts(self, which: int) -> range:
-        """Numbers of the passages of a set: 0 to choose by, 1 to trust; half of them plain text."""
+        """Numbers of the passages of a set: 0 to explore by, 1 to choose by, 2 to trust; half of them plain text."""
         count = 2 * self.wish.prompts
         return range(which * count, (which + 1) * count)
 
     def passage(self, number: int) -> Passage:
-        """A passage: of even number questions, of odd number plain text. It is kept until the other set's turn."""
+        """A passage: of even number questions, of odd number plain text. It is kept until another set's turn."""
         if number not in self._passages:
             context, texts = self._text(number // 2) if number % 2 else self._questions(number // 2)
             cache, rows = self.engine.read(context).cache, Branches.of(texts)
@@ -319,7 +325,7 @@ class Calibrator:
 
     def cost(self, layout: Layout) -> Cost:
         """Times a token after a context, all layers dense and with the layout, and draws a line through them."""
-        passage = self.passage(self.prompts(1)[1])
+        passage = self.passage(self.prompts(2)[1])
         first = passage.cache.read(self.layers[0], 0, 1)
         token, kv_heads = sum(x.nbytes for x in first), len(first[0])
         windows = tuple(window for window in self.engine.stack.spec.windows if window is not None)
@@ -353,7 +359,7 @@ class Calibrator:
     def _text(self, number: int) -> tuple[list[int], list[tuple[list[int], int]]]:
         """A stretch of plain text, the end of which is to be predicted."""
         book, length = self.haystack.book, self.wish.length
-        start = round(number * (len(book) - length) / (2 * self.wish.prompts - 1))
+        start = round(number * (len(book) - length) / (3 * self.wish.prompts - 1))
         window = self.engine.encode("") + book[start : start + length]
         end = len(window) - TEXT_ROWS
         return window[:end], [(window[end:], TEXT_ROWS - 1)]
@@ -380,11 +386,11 @@ def calibrate(engine: Engine, text: str, wish: Wish, partial: Path | None = None
     for _ in range(wish.trials - TRIED):
         explorer.step(dense)
         yield None
-    layout = _best(tried[dense])
-    drawn = [(number, _best(found), scale) for number, found in tried.items() for scale in BUDGETS]
-    for _, chosen, scale in drawn:
-        calibrator.measured(calibrator.policy(chosen, scale=scale), 0)
+    finals: dict[Layout, Measured] = {}
+    for layout in sorted(tried[dense], key=lambda layout: tried[dense][layout].loss)[:FINALISTS]:
+        finals[layout] = tried[dense][layout] + calibrator.measured(calibrator.policy(layout), 1)
         yield None
+    layout = _best(finals)
     head_map = None
     if wish.map:
         learner = MapLearner(layout, layers)
@@ -392,15 +398,18 @@ def calibrate(engine: Engine, text: str, wish: Wish, partial: Path | None = None
             learner.add(calibrator.recording(number, "kv"), calibrator.weight(number))
             yield None
         head_map = learner.learn()
-    fresh = calibrator.measured(calibrator.policy(layout), 1)
-    mapped = None if head_map is None else calibrator.measured(calibrator.policy(layout, head_map), 1)
+    fresh = calibrator.measured(calibrator.policy(layout), 2)
+    mapped = None if head_map is None else calibrator.measured(calibrator.policy(layout, head_map), 2)
     yield None
-    cost = calibrator.cost(layout)
     curve = []
-    for number, chosen, scale in drawn:
-        policy = calibrator.policy(chosen, scale=scale)
-        curve.append(_point(number, chosen, policy.budget_at(wish.length), calibrator.measured(policy, 0), cost))
-    ranked = sorted(tried[dense].items(), key=lambda pair: pair[1].loss)
+    cost = calibrator.cost(layout)
+    for number, found in tried.items():
+        chosen = layout if number == dense else _best(found)
+        for scale in BUDGETS:
+            policy = calibrator.policy(chosen, scale=scale)
+            curve.append(_point(number, chosen, policy.budget_at(wish.length), calibrator.measured(policy, 2), cost))
+            yield None
+    ranked = sorted(finals.items(), key=lambda pair: pair[1].loss)
     yield Calibration(dense, layout, ranked, fresh, head_map, mapped, curve, cost, calibrator.budget, wish.length)
 
 
@@ -482,7 +491,7 @@ def steps(engine: Engine, wish: Wish) -> int:
     """How many steps :func:`calibrate` takes at most."""
     points = len(ladder(len(engine.stack.spec.global_layers), wish.dense_layers))
     prompts = (4 if wish.map else 2) * wish.prompts
-    return prompts + points * (TRIED + len(BUDGETS)) + max(0, wish.trials - TRIED) + 1
+    return prompts + points * (TRIED + len(BUDGETS)) + max(0, wish.trials - TRIED) + FINALISTS + 1
 
 
 def _number(wish: Wish, tried: dict[int, dict[Layout, Measured]], layers: int) -> int:
