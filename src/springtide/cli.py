@@ -255,7 +255,7 @@ def calibrate(
             min=1, help="Contexts with questions, and plain texts, to choose by; as many to judge, twice to predict."
         ),
     ] = 3,
-    trials: Annotated[int, typer.Option(min=1, help="Layouts to measure for the number of layers taken.")] = 32,
+    trials: Annotated[int, typer.Option(min=1, help="Layouts to measure for the number of layers taken.")] = 20,
     head_map: Annotated[bool, typer.Option("--map", help="Learn the map that tidal:heads=map needs too.")] = False,
     chat: Chat = None,
     text: Text = None,

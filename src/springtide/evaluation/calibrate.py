@@ -44,7 +44,7 @@ DEPTHS = tuple((i + 0.5) / 8 for i in range(8))  # of the facts in a context tha
 TEXT_ROWS = 64  # tokens at the end of a plain text that are decoded
 TEXT_WEIGHT = 0.5  # of the mean over plain texts, beside the mean over questions
 TRIED = 3  # layouts that are measured at every place along the curve, at most
-FINALISTS = 8  # layouts that are measured on other prompts too
+FINALISTS = 6  # layouts that are measured on other prompts too
 SHARES = (1 / 10, 1 / 5, 1 / 3, 1 / 2)  # of layers that are dense, along the curve
 BUDGETS = (0.5, 1, 2)  # times the budget, along the curve
 PARTIAL = "springtide.partial"
@@ -174,8 +174,8 @@ class Wish:
     length: int = 2048
     dense_layers: int | None = None
     target_kl: float | None = None
-    prompts: int = 3
-    trials: int = 32
+    prompts: int = 4
+    trials: int = 20
     chat: bool = False
     map: bool = False
 
