@@ -250,10 +250,7 @@ def calibrate(
     budget: Annotated[str, typer.Option(help="Tokens that a sparse layer reads per KV head, or a share as 3%.")] = "3%",
     length: Annotated[int, typer.Option(help="Context length to calibrate at, tokens.")] = 2048,
     prompts: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Contexts with questions, and plain texts, to choose by; as many to judge, twice to predict."
-        ),
+        int, typer.Option(min=1, help="Contexts with questions, and plain texts, in each of three sets.")
     ] = 3,
     trials: Annotated[int, typer.Option(min=1, help="Layouts to measure for the number of layers taken.")] = 20,
     head_map: Annotated[bool, typer.Option("--map", help="Learn the map that tidal:heads=map needs too.")] = False,

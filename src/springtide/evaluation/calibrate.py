@@ -174,7 +174,7 @@ class Wish:
     length: int = 2048
     dense_layers: int | None = None
     target_kl: float | None = None
-    prompts: int = 4
+    prompts: int = 3
     trials: int = 20
     chat: bool = False
     map: bool = False
