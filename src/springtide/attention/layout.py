@@ -20,6 +20,7 @@ from springtide.options import KVHead
 EXCHANGES = 64  # that are looked at
 RIDGE = 0.05  # how much a correction costs, squared, beside squares of relative errors
 LEAST = 0.25  # of a prediction is left when it is corrected
+ROUNDING = 1e-6  # nats a token, which are as good as none
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,11 @@ class Prediction:
         the measurements allow (ridge regression of relative errors): what gradients of a dense pass miss is how much
         worse a layer selects, and a head bears it, where the layers before are sparse.
         """
-        if not measured:
+        if not measured or not self.losses.any():
             return self
         predicted = torch.stack([self.lost(layout) for layout in measured])
-        predicted /= torch.tensor([*measured.values()], dtype=predicted.dtype)[:, None, None, None]
+        values = torch.tensor([*measured.values()], dtype=predicted.dtype).clamp(min=ROUNDING)
+        predicted /= values[:, None, None, None]
         totals = predicted.sum((1, 2, 3))
         factor = totals.sum() / totals.square().sum()
         parts = torch.cat([predicted.sum((2, 3)), predicted.sum(1).flatten(1)], 1)
