@@ -250,8 +250,8 @@ def test_a_minute_is_the_most_that_it_may_take(folder, calibrations, monkeypatch
 
 
 def test_a_context_too_short_to_calibrate_in(tmp_path):
-    folder = save_model(tmp_path, max_position_embeddings=120)
-    with pytest.raises(SpringtideError, match="A length of 119 is too short to calibrate at"):
+    folder = save_model(tmp_path, max_position_embeddings=60)
+    with pytest.raises(SpringtideError, match="A length of 59 is too short to calibrate at"):
         springtide.load(folder, policy="tidal")
 
 
