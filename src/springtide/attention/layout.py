@@ -77,9 +77,7 @@ class Prediction:
 
     def exchanges(self, layout: Layout) -> list[Layout]:
         """Layouts in which one dense KV head and a sparse one change roles; best first."""
-        sources = self._sources(layout.select)
-        losses, reads = (x[0] for x in self._read(sources[None]))
-        sparse = self._sparse(layout, reads)
+        sources, losses, reads, sparse = self._heads(layout)
         dense, reader = (reads & ~sparse).flatten().nonzero(), sparse.flatten().nonzero()[:, 0]
         changes = losses.flatten()[dense] - losses.flatten()[reader]
         found = []
@@ -113,19 +111,18 @@ class Prediction:
 
     def lost(self, layout: Layout) -> Tensor:
         """The losses that add up to a layout's, in their places; the others are 0."""
-        sources = self._sources(layout.select)
-        losses, reads = (x[0] for x in self._read(sources[None]))
+        sources, losses, _, sparse = self._heads(layout)
         found = torch.zeros_like(self.losses)
-        found[sources, torch.arange(len(sources))] = losses * self._sparse(layout, reads)
+        found[sources, torch.arange(len(sources))] = losses * sparse
         return found
 
     def _sources(self, select: Collection[int]) -> Tensor:
         """For the place of each layer the place of that whose choice it reads; -1 where that is none."""
-        selecting = [layer in select for layer in self.layers]
         last, found = -1, []
-        for place, selects in enumerate(selecting):
-            last = place if selects else last
-            found.append(-1 if selects else last)
+        for place, layer in enumerate(self.layers):
+            if layer in select:
+                last = place
+            found.append(-1 if layer in select else last)
         return torch.tensor(found)
 
     def _read(self, sources: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,13 +130,15 @@ class Prediction:
         losses = self.losses[sources, torch.arange(sources.shape[1])]
         return losses, (sources >= 0)[:, :, None].expand_as(losses)
 
-    def _sparse(self, layout: Layout, reads: Tensor) -> Tensor:
-        """Which KV heads ``[reading, KV head]`` of those that could read a choice do so."""
+    def _heads(self, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Where the layers of a layout read; and by KV head what it would lose, whether it could read, and does so."""
+        sources = self._sources(layout.select)
+        losses, reads = (x[0] for x in self._read(sources[None]))
         sparse = reads.clone()
         sparse[[self.layers.index(layer) for layer in layout.full]] = False
         for layer, head in layout.full_heads:
             sparse[self.layers.index(layer), head] = False
-        return sparse
+        return sources, losses, reads, sparse
 
     def _layout(self, sources: Tensor, losses: Tensor, sparse: Tensor) -> Layout:
         """A layer whose heads are all dense is full, unless it selects what is read."""
