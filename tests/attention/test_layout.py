@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -325,6 +326,20 @@ def test_a_layer_that_selects_worse_than_predicted_is_found_out():
     ratio = corrected.losses / prediction.losses
     assert ratio[1].mean() > 1.5 * ratio[0].mean()
     assert ratio[0, 4, 0] > 1.05 * ratio[0, 4, 1]
+
+
+def test_factors_may_have_any_sign():
+    """What goes with losses, by layer that selects, is told apart: answers may be lost or won."""
+    generator = torch.Generator().manual_seed(4)
+    prediction = Prediction(torch.rand(5, 5, 2, generator=generator, dtype=torch.float64), range(5))
+    truth = prediction.losses * torch.tensor([3.0, -2.0, 1.0, 0.5, 0.0])[:, None, None]
+    every = [x for n in (1, 2) for x in prediction.layouts(every_choice(prediction), n)]
+    actual = {x: float((prediction.lost(x) > 0).mul(truth).sum()) for x in every}
+    assert min(actual.values()) < 0 < max(actual.values())
+    factors = prediction.factors(dict([*actual.items()][::2]), {x: x.loss for x in every})
+    learnt = replace(prediction, losses=prediction.losses * factors)
+    errors = [abs(float(learnt.lost(x).sum()) - actual[x]) / x.loss for x in every[1::2]]
+    assert sum(errors) / len(errors) < 0.2
 
 
 @few

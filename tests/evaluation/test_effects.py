@@ -68,7 +68,7 @@ class Draws:
     @property
     def effects(self) -> Tensor:
         """Without weights: ``[SAMPLES, text, selecting, reading, KV head]``."""
-        return self.unweighted(self.recording.effects())
+        return self.unweighted(self.recording.effects()[0])
 
     def unweighted(self, found: Tensor) -> Tensor:
         weights = torch.tensor([(0.5 / len(self.tokens) / len(TEXTS) / counted) ** 0.5 for counted in COUNTED])
@@ -157,6 +157,55 @@ def test_an_effect_is_a_derivative(name, heads):
                 assert expected.abs().mean() > 0.01
 
 
+def test_texts_that_begin_alike_may_share_rows():
+    """Up to what is predicted, and predictions are the same."""
+    texts = [([5, 6, 7, 8], 2), ([5, 6, 9, 4, 3], 2), ([5, 6, 7, 8], 3), ([7, 6, 1], 1), ([5, 6, 7, 1, 1], 1)]
+    apart, joined = Branches.of(texts), Branches.of(texts, joined=True)
+    assert apart.tokens == [5, 6, 7, 5, 6, 9, 4, 5, 6, 7, 7, 6, 5, 6, 7, 1]
+    assert joined.tokens == [5, 6, 7, 9, 4, 5, 6, 7, 7, 6, 1]
+    assert joined.parents == [-1, 0, 1, 1, 3, -1, 5, 6, -1, 8, 7]
+    assert [joined.tokens[row] for row in joined.counted] == [apart.tokens[row] for row in apart.counted]
+    assert torch.equal(joined.answers, apart.answers)
+    assert torch.equal(joined.chain[joined.counted], apart.chain[apart.counted])
+    stack, predicted = stack_of(), []
+    for rows in (apart, joined):
+        segment = rows.segment(cached(stack), None, stack.device)
+        predicted.append(stack.logits(stack.forward([segment], Policy())[rows.counted]).log_softmax(-1))
+        torch.testing.assert_close(rows.chances(predicted[-1]), rows.chances(predicted[0]))
+    torch.testing.assert_close(*predicted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_gain_is_the_derivative_of_a_texts_probability(name, monkeypatch):
+    """At the temperature at which answers are drawn; a hot one here, for models to which nothing is probable."""
+    monkeypatch.setattr(effects, "TEMPERATURE", 4.0)
+    draws = Draws.of(stack_of(name))
+    chosen, layers = selections(draws), list(draws.stack.spec.global_layers)
+    _, found = draws.recording.effects()
+    assert found.shape == (len(TEXTS), len(layers), len(layers), 2) and found.dtype == torch.float32
+
+    def slope(policy: Perturbed) -> Tensor:
+        return sum(chances(draws.predictions(policy.by(at * EPSILON))) * by / EPSILON for at, by in STENCIL.items())
+
+    def chances(predictions: Tensor) -> Tensor:
+        """By hand."""
+        hot = (predictions / 4).softmax(-1)
+        right = hot[range(len(hot)), draws.rows.answers]
+        return torch.stack([own.prod() for own in right.split(COUNTED)])
+
+    truth = draws.predictions(Policy())
+    torch.testing.assert_close(draws.rows.chances(truth).double(), chances(truth), rtol=1e-5, atol=0)
+    for i, selecting in enumerate(layers):
+        for j, reading in enumerate(layers):
+            for head in range(2):
+                if i >= j:
+                    assert (found[:, i, j] == 0).all()
+                    continue
+                expected = slope(Perturbed({reading: chosen[selecting]}, head=head))
+                scale = float(chances(truth).max())
+                torch.testing.assert_close(found[:, i, j, head].double(), expected, rtol=1e-3, atol=1e-4 * scale)
+
+
 def test_by_set_is_a_derivative_too():
     """Of one head's reading what any head of the selecting layer chose."""
     tidal = Tidal(budget=7, sinks=1, recent=2, heads="kv")
@@ -175,7 +224,7 @@ def test_by_set_is_a_derivative_too():
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
 def test_each_head_with_its_own_set_is_as_by_head(name):
     draws = Draws.of(stack_of(name), Tidal(budget=7, heads="kv"))
-    layers, found = draws.recording.layers, draws.recording.effects()
+    layers, found = draws.recording.layers, draws.recording.effects()[0]
     for i, selecting in enumerate(layers):
         for j, reading in enumerate(layers[i + 1 :], i + 1):
             by_set = draws.recording.by_set(selecting, reading)
@@ -197,7 +246,7 @@ def test_squares_predict_the_divergence_of_small_perturbations(pairs, monkeypatc
     divergence = (truth.exp() * (truth - own)).sum(-1)
     measured = torch.stack([x.mean() for x in divergence.split(COUNTED)]).mean() / 1e-6
     selecting, reading = (list(layers) for layers in zip(*pairs, strict=True))
-    predicted = float(draws.recording.effects().sum(-1)[:, selecting, reading].sum(1).square().sum())
+    predicted = float(draws.recording.effects()[0].sum(-1)[:, selecting, reading].sum(1).square().sum())
     assert predicted == pytest.approx(float(measured), rel=0.15)
 
 
@@ -215,8 +264,8 @@ def test_in_lower_precision(name):
     single = Draws.of(stack_of(name, torch.float32))
     assert torch.equal(single.tokens, exact.tokens)
     torch.testing.assert_close(single.effects, exact.effects, rtol=1e-2, atol=1e-3)
-    half = Draws.of(stack_of(name, torch.bfloat16)).recording.effects()
-    assert half.dtype == torch.float32 and half.shape == exact.recording.effects().shape
+    half = Draws.of(stack_of(name, torch.bfloat16)).recording.effects()[0]
+    assert half.dtype == torch.float32 and half.shape == exact.recording.effects()[0].shape
     assert half.isfinite().all() and half.abs().sum() > 0
 
 

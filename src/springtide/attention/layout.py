@@ -66,7 +66,7 @@ class Prediction:
         sources = torch.stack([self._sources(choice) for choice in choices])
         losses, reads = self._read(sources)
         left = dense * self.losses.shape[2] - (~reads).flatten(1).sum(1)
-        most_first = losses.masked_fill(~reads, -1).flatten(1).argsort(1, descending=True)
+        most_first = losses.masked_fill(~reads, -torch.inf).flatten(1).argsort(1, descending=True)
         sparse = reads & (most_first.argsort(1) >= left[:, None]).view_as(reads)
         found = dict.fromkeys(
             self._layout(*each)
@@ -90,24 +90,34 @@ class Prediction:
     def corrected(self, measured: Mapping[Layout, float]) -> Prediction:
         """Predictions that agree better with the losses that were ``measured``.
 
-        One factor for all, plus a correction for each layer that selects and for each KV head that reads, as small as
-        the measurements allow (ridge regression of relative errors): what gradients of a dense pass miss is how much
-        worse a layer selects, and a head bears it, where the layers before are sparse.
+        What gradients of a dense pass miss is how much worse a layer selects, and a head bears it, where the layers
+        before are sparse.
         """
         if not measured or not self.losses.any():
             return self
+        values = {layout: max(value, ROUNDING) for layout, value in measured.items()}
+        factors = self.factors(values, values)
+        return Prediction(self.losses * factors.clamp(min=LEAST * float(factors.median())), self.layers)
+
+    def factors(self, measured: Mapping[Layout, float], scale: Mapping[Layout, float]) -> Tensor:
+        """What to multiply losses with for what was ``measured``, which is off by about ``scale``: as ``losses``.
+
+        One factor for all, plus a correction for each layer that selects and for each KV head that reads, as small as
+        the measurements allow (ridge regression).
+        """
         predicted = torch.stack([self.lost(layout) for layout in measured])
-        values = torch.tensor([*measured.values()], dtype=predicted.dtype).clamp(min=ROUNDING)
-        predicted /= values[:, None, None, None]
+        scales = torch.tensor([scale[layout] for layout in measured], dtype=predicted.dtype)
+        values = torch.tensor([*measured.values()], dtype=predicted.dtype) / scales
+        predicted /= scales[:, None, None, None]
         totals = predicted.sum((1, 2, 3))
-        factor = totals.sum() / totals.square().sum()
+        factor = (totals @ values) / (totals @ totals)
         parts = torch.cat([predicted.sum((2, 3)), predicted.sum(1).flatten(1)], 1)
         squares = parts.T @ parts + RIDGE * torch.eye(parts.shape[1], dtype=parts.dtype)
-        selecting, reading = torch.linalg.solve(squares, parts.T @ (1 - factor * totals)).split(
+        selecting, reading = torch.linalg.solve(squares, parts.T @ (values - factor * totals)).split(
             [len(self.layers), parts.shape[1] - len(self.layers)]
         )
-        factors = factor + selecting[:, None, None] + reading.view(self.losses.shape[1:])
-        return Prediction(self.losses * factors.clamp(min=LEAST * float(factor)), self.layers)
+        factors: Tensor = factor + selecting[:, None, None] + reading.view(self.losses.shape[1:])
+        return factors
 
     def lost(self, layout: Layout) -> Tensor:
         """The losses that add up to a layout's, in their places; the others are 0."""

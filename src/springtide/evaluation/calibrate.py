@@ -9,6 +9,9 @@ measured again, and this is the figure that can be trusted.
 Half of the prompts are contexts with facts and questions about them, of which only the numbers in the answers count:
 nothing but the context tells them, so they show what a layout cannot find. The other half is plain text. A number
 weighs as much as ``1 / TEXT_WEIGHT`` tokens of text.
+
+A small divergence can still be one that makes right answers less probable wherever it is, so a layout is also charged
+for the answers that it loses: by how much their probability falls below that under dense attention, if it does.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from springtide.attention.calibration import FILE, VERSION
-from springtide.attention.layout import Layout, Prediction, neighbours, search
+from springtide.attention.layout import ROUNDING, Layout, Prediction, neighbours, search
 from springtide.attention.policy import Policy
 from springtide.attention.tidal import Tidal
 from springtide.engine.cache import Cache
@@ -43,6 +46,9 @@ from springtide.options import KVHead
 DEPTHS = tuple((i + 0.5) / 8 for i in range(8))  # of the facts in a context that is asked about
 TEXT_ROWS = 64  # tokens at the end of a plain text that are decoded
 TEXT_WEIGHT = 0.5  # of the mean over plain texts, beside the mean over questions
+LOST_WEIGHT = 0.5  # nats a token that losing every answer is worth
+PRICES = (0, 1 / 8, 1 / 4, 1 / 2, 1)  # times that weight, at which good layouts are looked for
+NEAREST = 40  # of each kind of change to a layout that are looked at
 TRIED = 3  # layouts that are measured at every place along the curve, at most
 FINALISTS = 6  # layouts that are measured on other prompts too
 SHARES = (1 / 10, 1 / 5, 1 / 3, 1 / 2)  # of layers that are dense, along the curve
@@ -53,9 +59,13 @@ TIMED = 5  # tokens whose median time is taken
 
 @dataclass(frozen=True)
 class Passage:
-    """What goes on from a context, which ``cache`` holds; ``dense [counted, V]``: dense log-probabilities."""
+    """The ``texts`` that go on from a context, which ``cache`` holds, as rows, joined.
+
+    ``dense [counted, V]``: dense log-probabilities.
+    """
 
     cache: Cache
+    texts: list[tuple[list[int], int]]
     rows: Branches
     dense: Tensor
 
@@ -64,23 +74,28 @@ class Passage:
 class Measured:
     """Divergence from dense predictions, nats a token: of each question's number, and of each plain text.
 
-    ``exact`` of the ``questions`` are answered rightly, ``dense_exact`` by dense attention.
+    ``lost``: by how much less probable each right answer is than under dense attention, see
+    :meth:`springtide.evaluation.effects.Branches.chances`. ``exact`` of the ``questions`` are answered rightly,
+    ``dense_exact`` by dense attention.
     """
 
     questions: list[float]
     texts: list[float]
+    lost: list[float]
     exact: int
     dense_exact: int
 
     def __add__(self, other: Measured) -> Measured:
         """On the prompts of both."""
         exact, dense_exact = self.exact + other.exact, self.dense_exact + other.dense_exact
-        return Measured(self.questions + other.questions, self.texts + other.texts, exact, dense_exact)
+        values = self.questions + other.questions, self.texts + other.texts, self.lost + other.lost
+        return Measured(*values, exact, dense_exact)
 
     @property
     def loss(self) -> float:
         """What layouts are compared by."""
-        return statistics.fmean(self.questions) + TEXT_WEIGHT * statistics.fmean(self.texts)
+        divergence = statistics.fmean(self.questions) + TEXT_WEIGHT * statistics.fmean(self.texts)
+        return divergence + LOST_WEIGHT * max(0.0, statistics.fmean(self.lost))
 
 
 @dataclass(frozen=True)
@@ -137,16 +152,18 @@ class Calibration:
             f"On fresh prompts, with {self.dense} layers' worth of dense KV heads and a budget of {self.budget} of "
             f"{self.length} tokens: answers diverge by {x['kl_questions']:.4f} ± "
             f"{x['kl_questions_se']:.4f} nats a token, text by {x['kl_text']:.4f} ± {x['kl_text_se']:.4f}; "
+            f"the probability of right answers falls by {x['lost']:.3f} ± {x['lost_se']:.3f}; "
             f"{x['exact_match']:.0%} of {x['questions']} answers are right, {x['exact_match_dense']:.0%} under dense "
             f"attention. {mapped}" + self.cost.said(self.layout, self.budget)
         )
 
     def trust(self) -> dict[str, Any]:
-        """Divergences on fresh prompts with their standard errors, and answers that are right, dense beside."""
+        """On fresh prompts: divergences and answers lost, with standard errors; and right answers, dense beside."""
         found: dict[str, Any] = {}
-        for name, values in (("questions", self.fresh.questions), ("text", self.fresh.texts)):
-            found[f"kl_{name}"] = round(statistics.fmean(values), 5)
-            found[f"kl_{name}_se"] = round(standard_error(values), 5)
+        fresh = {"kl_questions": self.fresh.questions, "kl_text": self.fresh.texts, "lost": self.fresh.lost}
+        for name, values in fresh.items():
+            found[name] = round(statistics.fmean(values), 5)
+            found[f"{name}_se"] = round(standard_error(values), 5)
         count = len(self.fresh.questions)
         return found | {
             "questions": count,
@@ -174,7 +191,7 @@ class Wish:
     length: int = 2048
     dense_layers: int | None = None
     target_kl: float | None = None
-    prompts: int = 3
+    prompts: int = 4
     trials: int = 20
     chat: bool = False
     map: bool = False
@@ -209,7 +226,7 @@ class Partial:
 
     path: Path | None
     key: str
-    losses: dict[int, Tensor] = field(default_factory=dict)
+    effects: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     measured: dict[tuple[Any, ...], Measured] = field(default_factory=dict)
 
     @classmethod
@@ -223,7 +240,7 @@ class Partial:
             if found["key"] != key:
                 return fresh
             measured = {name: Measured(*values) for name, values in found["measured"].items()}
-            return cls(path, key, found["losses"], measured)
+            return cls(path, key, found["effects"], measured)
         except Exception:  # the file may hold anything; it is measured again
             return fresh
 
@@ -232,7 +249,7 @@ class Partial:
         if self.path is not None:
             measured = {name: tuple(asdict(value).values()) for name, value in self.measured.items()}
             with replacing(self.path) as temporary:
-                torch.save({"key": self.key, "losses": self.losses, "measured": measured}, temporary)
+                torch.save({"key": self.key, "effects": self.effects, "measured": measured}, temporary)
 
 
 class Calibrator:
@@ -267,25 +284,30 @@ class Calibrator:
         """A passage: of even number questions, of odd number plain text. It is kept until another set's turn."""
         if number not in self._passages:
             context, texts = self._text(number // 2) if number % 2 else self._questions(number // 2)
-            cache, rows = self.engine.read(context).cache, Branches.of(texts)
+            cache, rows = self.engine.read(context).cache, Branches.of(texts, joined=True)
             own = self.prompts(number // (2 * self.wish.prompts))
             self._passages = {other: kept for other, kept in self._passages.items() if other in own}
-            self._passages[number] = Passage(cache, rows, self._predict(self.engine, cache, rows))
+            self._passages[number] = Passage(cache, texts, rows, self._predict(self.engine, cache, rows))
         return self._passages[number]
 
-    def losses(self, number: int) -> Tensor:
-        """What is predicted to be lost on a passage, nats a token: ``[selecting, reading, KV head]`` of all layers."""
-        if number not in self.partial.losses:
-            self.partial.losses[number] = self.recording(number).effects().double().square().sum(0)
+    def effects(self, number: int) -> tuple[Tensor, Tensor]:
+        """What is predicted for a passage, of all pairs of layers.
+
+        Divergence ``[selecting, reading, KV head]``, nats a token; and by how much more probable each of its texts
+        becomes, ``[texts, selecting, reading, KV head]``.
+        """
+        if number not in self.partial.effects:
+            effects, gains = self.recording(number).effects()
+            self.partial.effects[number] = effects.double().square().sum(0), gains
             self.partial.save()
-        return self.partial.losses[number]
+        return self.partial.effects[number]
 
     def recording(self, number: int, heads: Literal["all", "kv"] | None = None) -> Recording:
         """Gradients on a passage, and selections as the policy makes them, or for ``heads``."""
         draws = torch.Generator().manual_seed(number)
         tidal = self.tidal if heads is None else replace(self.tidal, heads=heads)
         passage = self.passage(number)
-        return Recording.of(self.engine.stack, passage.cache, passage.rows, tidal, draws)
+        return Recording.of(self.engine.stack, passage.cache, Branches.of(passage.texts), tidal, draws)
 
     def weight(self, number: int) -> float:
         """What effects on a passage are multiplied with, so that squares over a set add up to the loss."""
@@ -297,6 +319,7 @@ class Calibrator:
         name = (tidal.full, tidal.selecting, heads, tidal.budget, tidal.heads, which)
         if name not in self.partial.measured:
             kls: tuple[list[float], list[float]] = ([], [])
+            lost: list[float] = []
             exact = dense_exact = 0
             under = self.engine.using(tidal)
             for number in self.prompts(which):
@@ -304,6 +327,8 @@ class Calibrator:
                 rows = passage.rows
                 found = self._predict(under, passage.cache, rows)
                 kl = kl_div(found, passage.dense, log_target=True, reduction="none").sum(-1)
+                if number % 2 == 0:
+                    lost += (rows.chances(passage.dense) - rows.chances(found)).tolist()
                 chain = rows.chain[rows.counted]
                 for text in range(int(chain.max()) + 1):
                     kls[number % 2].append(float(kl[chain == text].mean()))
@@ -311,7 +336,7 @@ class Calibrator:
                         answers = rows.answers[chain == text]
                         exact += bool((found[chain == text].argmax(-1).cpu() == answers).all())
                         dense_exact += bool((passage.dense[chain == text].argmax(-1).cpu() == answers).all())
-            self.partial.measured[name] = Measured(*kls, exact, dense_exact)
+            self.partial.measured[name] = Measured(*kls, lost, exact, dense_exact)
             self.partial.save()
         return self.partial.measured[name]
 
@@ -374,21 +399,21 @@ def calibrate(engine: Engine, text: str, wish: Wish, partial: Path | None = None
     calibrator = Calibrator(engine, text, wish, partial)
     layers = calibrator.layers
     for number in calibrator.prompts(0):
-        calibrator.losses(number)
+        calibrator.effects(number)
         yield None
-    explorer = Explorer(calibrator)
-    for dense in ladder(len(layers), wish.dense_layers):
+    explorers = {dense: Explorer(calibrator, dense) for dense in ladder(len(layers), wish.dense_layers)}
+    for explorer in explorers.values():
         for _ in range(min(TRIED, wish.trials)):
-            explorer.step(dense)
+            explorer.step()
             yield None
-    tried = explorer.tried
-    dense = _number(wish, tried, len(layers))
+    dense = _number(wish, explorers, len(layers))
+    tried = explorers[dense].tried
     for _ in range(wish.trials - TRIED):
-        explorer.step(dense)
+        explorers[dense].step()
         yield None
     finals: dict[Layout, Measured] = {}
-    for layout in sorted(tried[dense], key=lambda layout: tried[dense][layout].loss)[:FINALISTS]:
-        finals[layout] = tried[dense][layout] + calibrator.measured(calibrator.policy(layout), 1)
+    for layout in sorted(tried, key=lambda layout: tried[layout].loss)[:FINALISTS]:
+        finals[layout] = tried[layout] + calibrator.measured(calibrator.policy(layout), 1)
         yield None
     layout = _best(finals)
     head_map = None
@@ -403,8 +428,8 @@ def calibrate(engine: Engine, text: str, wish: Wish, partial: Path | None = None
     yield None
     curve = []
     cost = calibrator.cost(layout)
-    for number, found in tried.items():
-        chosen = layout if number == dense else _best(found)
+    for number, explorer in explorers.items():
+        chosen = layout if number == dense else explorer.best
         for scale in BUDGETS:
             policy = calibrator.policy(chosen, scale=scale)
             curve.append(_point(number, chosen, policy.budget_at(wish.length), calibrator.measured(policy, 2), cost))
@@ -420,60 +445,82 @@ def brief(engine: Engine, text: str, wish: Wish) -> Iterator[dict[str, Any] | No
     """
     calibrator = Calibrator(engine, text, wish)
     for number in calibrator.prompts(0):
-        calibrator.losses(number)
+        calibrator.effects(number)
         yield None
-    layout = search(Explorer(calibrator).prediction(), a_third(len(calibrator.layers)))
+    near = Explorer(calibrator, a_third(len(calibrator.layers))).near()
+    layout = min(near, key=lambda layout: layout.loss)
     yield {"version": VERSION, "tidal": {**layout.as_json(), "budget": calibrator.budget, "length": wish.length}}
 
 
 class Explorer:
-    """Measures layouts that are predicted to be best, and learns from it.
+    """Measures layouts with ``dense`` layers' worth of dense KV heads, and learns from it which may be better.
 
-    ``tried``: by number of dense layers, the layouts that were measured.
+    ``tried``: what was measured.
     """
 
-    def __init__(self, calibrator: Calibrator) -> None:
-        self.calibrator = calibrator
-        self.tried: dict[int, dict[Layout, Measured]] = {}
-        losses = [calibrator.losses(number) for number in calibrator.prompts(0)]
-        self._questions, self._texts = (
-            Prediction(torch.stack(own).mean(0), calibrator.layers) for own in (losses[::2], losses[1::2])
+    def __init__(self, calibrator: Calibrator, dense: int) -> None:
+        self.calibrator, self.dense = calibrator, dense
+        self.tried: dict[Layout, Measured] = {}
+        losses, gains = zip(*(calibrator.effects(number) for number in calibrator.prompts(0)), strict=True)
+        self._questions, self._texts, self._gains = (
+            Prediction(torch.stack(own).mean(0), calibrator.layers)
+            for own in (losses[::2], losses[1::2], [one.double().mean(0) for one in gains[::2]])
         )
 
-    def prediction(self) -> Prediction:
-        """Of the loss that layouts are compared by, corrected by all that were measured."""
-        found = {layout: measured for own in self.tried.values() for layout, measured in own.items()}
-        questions = self._questions.corrected({x: statistics.fmean(y.questions) for x, y in found.items()})
-        texts = self._texts.corrected({x: statistics.fmean(y.texts) for x, y in found.items()})
-        return Prediction(questions.losses + TEXT_WEIGHT * texts.losses, questions.layers)
+    @property
+    def best(self) -> Layout:
+        """Of those that were measured."""
+        return _best(self.tried)
 
-    def step(self, dense: int) -> None:
-        """Measure one layout more with so many dense layers, if there is one close to the best.
+    def step(self) -> None:
+        """Measure one layout more, if there is one close to the best.
 
         Every other one has selecting layers that were not tried, if there are any.
         """
-        near = self.near(dense)
-        tried = self.tried.setdefault(dense, {})
-        untried = [layout for layout in near if layout not in tried]
-        selects = {layout.select for layout in tried}
-        elsewhere = [layout for layout in untried if layout.select not in selects] if len(tried) % 2 else []
+        untried = [layout for layout in self.near() if layout not in self.tried]
+        selects = {layout.select for layout in self.tried}
+        elsewhere = [layout for layout in untried if layout.select not in selects] if len(self.tried) % 2 else []
         if untried:
             layout = min(elsewhere or untried, key=lambda layout: layout.loss)
-            tried[layout] = self.calibrator.measured(self.calibrator.policy(layout), 0)
+            self.tried[layout] = self.calibrator.measured(self.calibrator.policy(layout), 0)
 
-    def near(self, dense: int) -> list[Layout]:
-        """Layouts that may be good with so many dense layers.
+    def near(self) -> list[Layout]:
+        """Layouts that may be good, with the loss that is predicted.
 
-        First the one with the selecting layers that were best for the number before, which stand out more where less is
-        dense; then those around the one that is predicted to be best, and around the best one.
+        Those around the best one, and around the ones that are predicted to be best. Answers that are won count for
+        nothing, so that losses do not add up; where an answer has a price, lost or won, they do.
         """
-        prediction, tried = self.prediction(), self.tried.get(dense)
-        if self.tried and not tried:
-            *_, before = self.tried.values()
-            return prediction.layouts([_best(before).select], dense)
-        centres = [search(prediction, dense), *([_best(tried)] if tried else [])]
-        around = [[x, *neighbours(x, prediction, dense), *prediction.exchanges(x)] for x in centres]
-        return [layout for found in around for layout in found]
+        divergence, answers = self.predictions()
+        found = set()
+        for price in PRICES:
+            prediction = replace(divergence, losses=divergence.losses + LOST_WEIGHT * price * answers.losses)
+            for centre in [search(prediction, self.dense), *([self.best] if self.tried else [])]:
+                found.add(centre)
+                found.update(neighbours(centre, prediction, self.dense)[:NEAREST])
+                found.update(prediction.exchanges(centre)[:NEAREST])
+
+        def loss(layout: Layout) -> float:
+            lost = float(answers.lost(layout).sum())
+            return float(divergence.lost(layout).sum()) + LOST_WEIGHT * max(0.0, lost)
+
+        return [replace(layout, loss=loss(layout)) for layout in found]
+
+    def predictions(self) -> tuple[Prediction, Prediction]:
+        """Of divergence as it is weighed, and of answers that are lost, corrected by all that were measured.
+
+        Answers are fewer by the gains, and by more the larger the divergence is, which is learnt.
+        """
+        kls = {layout: statistics.fmean(measured.questions) for layout, measured in self.tried.items()}
+        questions = self._questions.corrected(kls)
+        texts = self._texts.corrected({x: statistics.fmean(y.texts) for x, y in self.tried.items()})
+        divergence = replace(questions, losses=questions.losses + TEXT_WEIGHT * texts.losses)
+        lost = -self._gains.losses
+        if self.tried and self._questions.losses.any():
+            gained = {layout: float(self._gains.lost(layout).sum()) for layout in self.tried}
+            beyond = {x: statistics.fmean(y.lost) + gained[x] for x, y in self.tried.items()}
+            scale = {layout: max(ROUNDING, kl) for layout, kl in kls.items()}
+            lost = self._questions.losses * self._questions.factors(beyond, scale) + lost
+        return divergence, replace(divergence, losses=lost)
 
 
 def a_third(layers: int) -> int:
@@ -494,17 +541,16 @@ def steps(engine: Engine, wish: Wish) -> int:
     return prompts + points * (TRIED + len(BUDGETS)) + max(0, wish.trials - TRIED) + FINALISTS + 1
 
 
-def _number(wish: Wish, tried: dict[int, dict[Layout, Measured]], layers: int) -> int:
+def _number(wish: Wish, explorers: dict[int, Explorer], layers: int) -> int:
     """The number of dense layers to take."""
     if wish.target_kl is None:
         return wish.dense_layers or a_third(layers)
-    for number, found in tried.items():
-        if statistics.fmean(found[_best(found)].questions) <= wish.target_kl:
+    for number, explorer in explorers.items():
+        kl = statistics.fmean(explorer.tried[explorer.best].questions)
+        if kl <= wish.target_kl:
             return number
-    most = max(tried)
-    kl = statistics.fmean(tried[most][_best(tried[most])].questions)
-    warnings.warn(f"no layout meets --target-kl {wish.target_kl}: {most} dense layers reach {kl:.4f}", stacklevel=2)
-    return most
+    warnings.warn(f"no layout meets --target-kl {wish.target_kl}: {number} dense layers reach {kl:.4f}", stacklevel=2)
+    return number
 
 
 def _best(found: dict[Layout, Measured]) -> Layout:

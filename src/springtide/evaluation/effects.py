@@ -5,6 +5,9 @@ log-probability of a token drawn from the model's own predictions, the divergenc
 ``KL = E[(sum over sparse layers of g . delta)^2] / 2`` (the Fisher information along ``delta``). The gradients are
 those of a dense pass. ``g . delta`` of every pair of a selecting and a reading layer, the *effects*, then predict the
 divergence of every layout without running it.
+
+A divergence has no sign. Whether right answers become less or more probable has one, and adds up over heads: with the
+gradient of that probability instead, ``g . delta`` are the *gains*.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from springtide.engine.rows import PREFIX, Segment
 from springtide.engine.stack import Pass, Stack
 
 SAMPLES = 8  # predictions drawn for each gradient's mean
+TEMPERATURE = 0.5  # at which answers are drawn: near enough to 0 to tell which is first, far enough to have a gradient
 
 
 class Behind(Cache):
@@ -78,11 +82,11 @@ class Recorder(Policy):
 
 @dataclass(frozen=True)
 class Branches:
-    """Texts that go on from one context side by side: rows whose parents form a tree of chains.
+    """Texts that go on from one context side by side: rows whose parents form a tree.
 
     Attributes:
         tokens, parents: of the rows, as in :class:`springtide.engine.rows.Segment`.
-        chain: which text each row belongs to.
+        chain: which text each row belongs to, the first of those that share it.
         counted: rows whose predictions count, int64.
         answers: the token that truly follows each of them.
     """
@@ -94,13 +98,22 @@ class Branches:
     answers: Tensor
 
     @classmethod
-    def of(cls, texts: Sequence[tuple[list[int], int]]) -> Branches:
-        """Texts as tokens and how many of the last of them are to be predicted; the last one is no row."""
+    def of(cls, texts: Sequence[tuple[list[int], int]], joined: bool = False) -> Branches:
+        """Texts as tokens and how many of the last of them are to be predicted; the last one is no row.
+
+        ``joined``: texts that begin alike share rows, as far as nothing is predicted.
+        """
+        shared: dict[tuple[int, int], int] = {}
         tokens: list[int] = []
         parents, chain, counted, answers = [], [], [], []
         for number, (text, predicted) in enumerate(texts):
             parent = PREFIX
             for place, token in enumerate(text[:-1]):
+                known = shared.get((parent, token))
+                if joined and known is not None and place + 1 < len(text) - predicted:
+                    parent = known
+                    continue
+                shared[parent, token] = len(tokens)
                 parents.append(parent)
                 parent = len(tokens)
                 tokens.append(token)
@@ -114,13 +127,20 @@ class Branches:
         """The rows behind what ``cache`` holds, decoded."""
         return Segment(cache, cache.length, self.tokens, self.parents, True, state, device=device)
 
+    def chances(self, predicted: Tensor) -> Tensor:
+        """With what probability each text is drawn at ``TEMPERATURE``: ``[texts]``, from ``predicted [counted, V]``."""
+        logs = (predicted.float() / TEMPERATURE).log_softmax(-1)
+        right = logs.gather(1, self.answers.to(logs.device)[:, None])[:, 0]
+        chain = self.chain[self.counted].to(logs.device)
+        return right.new_zeros(int(self.chain.max()) + 1).index_add(0, chain, right).exp()
+
 
 @dataclass(frozen=True)
 class Recording:
     """A dense pass over ``rows`` and gradients with respect to what its layers' attention gave.
 
-    ``gradients [SAMPLES, R, H_kv, H / H_kv * D]`` by layer, fp32; ``member [R, texts]`` says which text a row is of;
-    ``weight [texts]`` makes squares of effects sum up to nats.
+    ``gradients [SAMPLES + 1, R, H_kv, H / H_kv * D]`` by layer, fp32, the last of them that of the texts' chances;
+    ``member [R, texts]`` says which text a row is of; ``weight [texts]`` makes squares of effects sum up to nats.
     """
 
     segment: Segment
@@ -144,7 +164,8 @@ class Recording:
             tokens = torch.multinomial(probs, SAMPLES, replacement=True, generator=generator).to(stack.device)
             for sample in range(SAMPLES):
                 total = predicted.gather(1, tokens[:, sample : sample + 1]).sum()
-                drawn.append(torch.autograd.grad(total, outputs, retain_graph=sample + 1 < SAMPLES))
+                drawn.append(torch.autograd.grad(total, outputs, retain_graph=True))
+            drawn.append(torch.autograd.grad(rows.chances(predicted).sum(), outputs))
         kv_heads = segment.cache.read(0, 0, 1)[0].shape[0]
         by_layer = zip(recorder.outputs, zip(*drawn, strict=True), strict=True)
         gradients = {layer: torch.stack(own).float() for layer, own in by_layer}
@@ -158,29 +179,41 @@ class Recording:
         """Layers without a sliding window."""
         return list(self.recorder.outputs)
 
-    def effects(self) -> Tensor:
-        """``g . delta``, fp32 ``[SAMPLES * texts, selecting, reading, KV head]``, of every pair of ``layers``.
+    def effects(self) -> tuple[Tensor, Tensor]:
+        """``g . delta`` of every pair of ``layers``, fp32.
 
-        The sum over sparse layers and their heads, squared and summed over the first dimension, predicts the mean
-        divergence of a counted token from its dense prediction, in nats.
+        Effects ``[SAMPLES * texts, selecting, reading, KV head]``: the sum over sparse layers and their heads, squared
+        and summed over the first dimension, predicts the mean divergence of a counted token from its dense prediction,
+        in nats. Gains ``[texts, selecting, reading, KV head]``: the sum predicts how much more probable a text becomes.
         """
-        found = [[self._effect(to, self.recorder.selected[by], by < to) for to in self.layers] for by in self.layers]
-        return torch.stack([torch.stack(row, 1) for row in found], 1)
+        found = torch.stack(
+            [
+                torch.stack([self._effect(to, self.recorder.selected[by], by < to) for to in self.layers], 2)
+                for by in self.layers
+            ],
+            2,
+        )
+        return self._weighted(found), found[-1]
 
     def by_set(self, selecting: int, reading: int) -> Tensor:
-        """The same for one pair: ``[SAMPLES * texts, set, KV head]``, each head reading each KV head's set."""
+        """Effects of one pair: ``[SAMPLES * texts, set, KV head]``, each head reading each KV head's set."""
         index = self.recorder.selected[selecting]
         sets = range(index.shape[1])
-        return torch.stack([self._effect(reading, index[:, i : i + 1].expand_as(index)) for i in sets], 1)
+        return self._weighted(
+            torch.stack([self._effect(reading, index[:, i : i + 1].expand_as(index)) for i in sets], 2)
+        )
+
+    def _weighted(self, found: Tensor) -> Tensor:
+        weight = self.weight.view(-1, *[1] * (found.dim() - 2))
+        return (found[:-1] * weight).flatten(0, 1)
 
     @torch.no_grad()
     def _effect(self, reading: int, index: Tensor, valid: bool = True) -> Tensor:
-        """``[SAMPLES * texts, KV head]`` of a layer's reading ``index [R, H_kv, B]``; 0 if that is not ``valid``."""
+        """``[SAMPLES + 1, texts, KV head]`` of a layer's reading ``index [R, H_kv, B]``; 0 if that is not ``valid``."""
         layer, q = self.recorder.queries[reading]
         gradient = self.gradients[reading]
         if not valid:
-            return torch.zeros(SAMPLES * self.member.shape[1], gradient.shape[2])
+            return torch.zeros(len(gradient), self.member.shape[1], gradient.shape[2])
         sparse = self.recorder.tidal.sparse(layer, q, self.segment, index.contiguous())
         delta = (sparse.float() - self.recorder.outputs[reading].detach().float()).reshape(gradient.shape[1:])
-        found = torch.einsum("srkd,rkd,rt->stk", gradient, delta, self.member).cpu()
-        return (found * self.weight[:, None]).flatten(0, 1)
+        return torch.einsum("srkd,rkd,rt->stk", gradient, delta, self.member).cpu()
