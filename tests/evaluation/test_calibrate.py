@@ -194,8 +194,9 @@ def test_what_is_explored_learns_which_layers_select_badly(seed):
     losses = [planned.loss(layout) for layout in [*planned.met]]
     assert min(losses) <= losses[0]
     assert min(losses) <= 1.1 * planned.best(3)
-    for layout in explorer.near()[:40]:
-        assert layout.loss == pytest.approx(planned.loss(layout), rel=0.3)
+    learnt = min(explorer.near(), key=lambda layout: layout.loss)
+    assert planned.loss(learnt) <= 1.1 * planned.best(3)
+    assert learnt.loss == pytest.approx(planned.loss(learnt), rel=0.05)
 
 
 def test_layouts_are_judged_by_gradients_until_something_is_measured():

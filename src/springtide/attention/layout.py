@@ -17,7 +17,7 @@ from torch import Tensor
 
 from springtide.options import KVHead
 
-EXCHANGES = 64  # that are looked at
+EXCHANGES = 40  # that are looked at
 RIDGE = 0.05  # how much a correction costs, squared, beside squares of relative errors
 LEAST = 0.25  # of a prediction is left when it is corrected
 ROUNDING = 1e-6  # nats a token, which are as good as none

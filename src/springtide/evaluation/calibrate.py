@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ TEXT_ROWS = 64  # tokens at the end of a plain text that are decoded
 TEXT_WEIGHT = 0.5  # of the mean over plain texts, beside the mean over questions
 LOST_WEIGHT = 0.5  # nats a token that losing every answer is worth
 PRICES = (0, 1 / 8, 1 / 4, 1 / 2, 1)  # times that weight, at which good layouts are looked for
-NEAREST = 40  # of each kind of change to a layout that are looked at
+NEAREST = 40  # choices of other selecting layers that are looked at around a layout
 TRIED = 3  # layouts that are measured at every place along the curve, at most
 FINALISTS = 6  # layouts that are measured on other prompts too
 SHARES = (1 / 10, 1 / 5, 1 / 3, 1 / 2)  # of layers that are dense, along the curve
@@ -68,6 +69,11 @@ class Passage:
     texts: list[tuple[list[int], int]]
     rows: Branches
     dense: Tensor
+
+    @cached_property
+    def chances(self) -> Tensor:
+        """Those of the texts under dense attention."""
+        return self.rows.chances(self.dense)
 
 
 @dataclass(frozen=True)
@@ -328,7 +334,7 @@ class Calibrator:
                 found = self._predict(under, passage.cache, rows)
                 kl = kl_div(found, passage.dense, log_target=True, reduction="none").sum(-1)
                 if number % 2 == 0:
-                    lost += (rows.chances(passage.dense) - rows.chances(found)).tolist()
+                    lost += (passage.chances - rows.chances(found)).tolist()
                 chain = rows.chain[rows.counted]
                 for text in range(int(chain.max()) + 1):
                     kls[number % 2].append(float(kl[chain == text].mean()))
@@ -497,7 +503,7 @@ class Explorer:
             for centre in [search(prediction, self.dense), *([self.best] if self.tried else [])]:
                 found.add(centre)
                 found.update(neighbours(centre, prediction, self.dense)[:NEAREST])
-                found.update(prediction.exchanges(centre)[:NEAREST])
+                found.update(prediction.exchanges(centre))
 
         def loss(layout: Layout) -> float:
             lost = float(answers.lost(layout).sum())
