@@ -251,7 +251,7 @@ def calibrate(
     length: Annotated[int, typer.Option(help="Context length to calibrate at, tokens.")] = 2048,
     prompts: Annotated[
         int, typer.Option(min=1, help="Contexts with questions, and plain texts, in each of three sets.")
-    ] = 4,
+    ] = 3,
     trials: Annotated[int, typer.Option(min=1, help="Layouts to measure for the number of layers taken.")] = 20,
     head_map: Annotated[bool, typer.Option("--map", help="Learn the map that tidal:heads=map needs too.")] = False,
     chat: Chat = None,

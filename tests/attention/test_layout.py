@@ -204,6 +204,20 @@ def test_layers_alone_have_no_full_heads(prediction, data):
     assert all(not layout.full_heads and len(layout.full + layout.select) == dense for layout in found)
 
 
+@few
+@given(problems(), st.data())
+def test_of_some_choices_only_the_best_are_built(prediction, data):
+    dense, most = data.draw(st.integers(1, len(prediction.layers) - 1)), data.draw(st.integers(1, 5))
+    every = prediction.layouts(every_choice(prediction), dense)
+    best = prediction.layouts(every_choice(prediction), dense, most)
+    assert 1 <= len(best) <= most and {*best} <= {*every}
+    assert [x.loss for x in best] == pytest.approx([x.loss for x in every[: len(best)]])
+    near = neighbours(every[0], prediction, dense)
+    some = neighbours(every[0], prediction, dense, most)
+    assert len(some) <= most and {*some} <= {*near}
+    assert [x.loss for x in some] == pytest.approx([x.loss for x in near[: len(some)]])
+
+
 @settings(deadline=None, max_examples=15)
 @given(problems(most=5), st.data())
 def test_neighbours_are_all_choices_one_step_away(prediction, data):

@@ -354,13 +354,13 @@ def test_what_is_right_is_counted():
     best = passage.dense.argmax(-1)
     answers = torch.where((chain == 1) | (chain == 3), best, (best + 1) % VOCAB)
     answers[(chain == 3).nonzero()[0]] += 1
-    calibrator._passages[4] = replace(passage, rows=replace(passage.rows, answers=answers))
+    vars(passage)["rows"] = replace(passage.rows, answers=answers)
     covering = calibrator.policy(Layout((0,), (1,)), scale=100)
     assert calibrator.budget == 32 and covering.budget == 399
     measured = calibrator.measured(covering, 2)
     assert (measured.exact, measured.dense_exact) == (1, 1)
     assert max(measured.questions) < 1e-5
-    calibrator._passages[4] = replace(passage, dense=passage.dense.roll(1, -1))
+    vars(passage)["dense"] = passage.dense.roll(1, -1)
     calibrator.partial.measured.clear()
     assert min(calibrator.measured(covering, 2).questions) > 0.1
 

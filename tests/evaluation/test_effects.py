@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing import assert_close
 
 from springtide.attention.policy import Layer, Policy, dense
 from springtide.attention.tidal import Tidal
@@ -16,7 +19,7 @@ from springtide.engine.engine import Engine
 from springtide.engine.rows import PREFIX, Segment
 from springtide.engine.stack import Stack
 from springtide.evaluation import effects
-from springtide.evaluation.effects import Branches, Recording
+from springtide.evaluation.effects import Attention, Branches, Recording
 from springtide.kernels import reference
 from tiny import random_tokens, tiny
 
@@ -133,6 +136,48 @@ def selections(draws: Draws, tidal: Tidal = TIDAL) -> dict[int, Tensor]:
     chooser = Chooser(tidal)
     draws.predictions(chooser)
     return chooser.chosen
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 5), st.integers(0, 6), st.integers(1, 3), st.integers(1, 3), st.sampled_from([None, 0.7, 30.0]),
+    st.booleans(), st.integers(0, 2**31),
+)  # fmt: skip
+def test_attention_has_the_gradients_of_the_reference(rows, before, kv_heads, group, softcap, masked, seed):
+    """Those of keys and values for the slots of the rows themselves; what came before is a constant."""
+    draws = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(shape, generator=draws, dtype=torch.float64).requires_grad_()
+        for shape in [(rows, kv_heads * group, 4), (kv_heads, before + rows, 4), (kv_heads, before + rows, 4)]
+    )
+    mask = torch.rand(rows, before + rows, generator=draws) < 0.5
+    mask[torch.arange(rows), before + torch.arange(rows)] = True
+    seen = mask if masked else None
+    expected, out = reference.attend(q, k, v, 0.6, seen, softcap), Attention.apply(q, k, v, seen, 0.6, softcap)
+    assert_close(out, expected)
+    towards = torch.randn(q.shape, generator=draws, dtype=torch.float64)
+    truths = torch.autograd.grad(expected, (q, k, v), towards)
+    found = torch.autograd.grad(out, (q, k, v), towards.transpose(1, 2).contiguous().transpose(1, 2))
+    assert_close(found[0], truths[0])
+    for own, truth in zip(found[1:], truths[1:], strict=True):
+        assert_close(own[:, before:], truth[:, before:])
+        assert not own[:, :before].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_fewer_bits_is_close(dtype):
+    draws = torch.Generator().manual_seed(3)
+    exact = [torch.randn(shape, generator=draws, dtype=torch.float64) for shape in [(6, 4, 8), (2, 40, 8), (2, 40, 8)]]
+    towards = torch.randn(6, 4, 8, generator=draws, dtype=torch.float64)
+    found = []
+    for wanted in (torch.float64, dtype):
+        ins = [x.to(dtype).to(wanted).requires_grad_() for x in exact]
+        out = Attention.apply(*ins, None, 0.35, None)
+        assert out.dtype == wanted
+        found.append([out, *torch.autograd.grad(out, ins, towards.to(dtype).to(wanted))])
+    for truth, own in zip(*found, strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        assert_close(own.double(), truth, rtol=tolerance, atol=tolerance * float(truth.detach().abs().max()))
 
 
 @pytest.mark.parametrize("heads", ["kv", "all"])

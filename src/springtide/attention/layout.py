@@ -57,22 +57,20 @@ class Prediction:
     losses: Tensor
     layers: Sequence[int]
 
-    def layouts(self, choices: Collection[tuple[int, ...]], dense: int) -> list[Layout]:
+    def layouts(self, choices: Collection[tuple[int, ...]], dense: int, most: int | None = None) -> list[Layout]:
         """For each choice of layers that select, the layout with as many dense KV heads as ``dense`` layers have.
 
         Layers before the first that selects are full. Choices for which that is too few heads are left out, and those
-        that leave none sparse. The best come first.
+        that leave none sparse. The best come first, of ``most`` choices.
         """
         sources = torch.stack([self._sources(choice) for choice in choices])
         losses, reads = self._read(sources)
         left = dense * self.losses.shape[2] - (~reads).flatten(1).sum(1)
         most_first = losses.masked_fill(~reads, -torch.inf).flatten(1).argsort(1, descending=True)
         sparse = reads & (most_first.argsort(1) >= left[:, None]).view_as(reads)
-        found = dict.fromkeys(
-            self._layout(*each)
-            for each in zip(sources[left >= 0], losses[left >= 0], sparse[left >= 0], strict=True)
-            if each[2].any()
-        )
+        lost = (losses * sparse).sum((1, 2)).masked_fill((left < 0) | ~sparse.flatten(1).any(1), torch.inf)
+        best = [place for place in lost.argsort(stable=True)[:most].tolist() if lost[place] < torch.inf]
+        found = dict.fromkeys(self._layout(sources[place], losses[place], sparse[place]) for place in best)
         return sorted(found, key=lambda layout: layout.loss)
 
     def exchanges(self, layout: Layout) -> list[Layout]:
@@ -166,13 +164,13 @@ class Prediction:
         return Layout(tuple(full), tuple(selecting), tuple(single), float((losses * sparse).sum()))
 
 
-def neighbours(layout: Layout, prediction: Prediction, dense: int) -> list[Layout]:
-    """Layouts in which one layer more selects, one less, or another one instead; best first."""
+def neighbours(layout: Layout, prediction: Prediction, dense: int, most: int | None = None) -> list[Layout]:
+    """Layouts in which one layer more selects, one less, or another one instead; best first, of ``most`` choices."""
     own = set(layout.select)
     less = [own - {layer} for layer in own]
     more = [start | {layer} for start in (own, *less) for layer in prediction.layers if layer not in own]
-    found = prediction.layouts(sorted({tuple(sorted(choice)) for choice in less + more if choice}), dense)
-    return [other for other in found if other != layout]
+    choices = {tuple(sorted(choice)) for choice in less + more if choice}
+    return [other for other in prediction.layouts(sorted(choices), dense, most) if other != layout]
 
 
 def search(prediction: Prediction, dense: int) -> Layout:
@@ -181,7 +179,7 @@ def search(prediction: Prediction, dense: int) -> Layout:
     From the best of those in which one or two layers select, to the best neighbour while there is a better one.
     """
     choices = [choice for count in (1, 2) for choice in combinations(prediction.layers, count)]
-    layout = prediction.layouts(choices, dense)[0]
-    while (near := neighbours(layout, prediction, dense)) and near[0].loss < layout.loss:
+    layout = prediction.layouts(choices, dense, 1)[0]
+    while (near := neighbours(layout, prediction, dense, 1)) and near[0].loss < layout.loss:
         layout = near[0]
     return layout

@@ -60,20 +60,33 @@ TIMED = 5  # tokens whose median time is taken
 
 @dataclass(frozen=True)
 class Passage:
-    """The ``texts`` that go on from a context, which ``cache`` holds, as rows, joined.
+    """The ``texts`` that go on from a context, which ``cache`` holds; ``engine`` attends densely."""
 
-    ``dense [counted, V]``: dense log-probabilities.
-    """
-
+    engine: Engine
     cache: Cache
     texts: list[tuple[list[int], int]]
-    rows: Branches
-    dense: Tensor
+
+    @cached_property
+    def rows(self) -> Branches:
+        """The texts, joined."""
+        return Branches.of(self.texts, joined=True)
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """Dense predictions."""
+        return predict(self.engine, self.cache, self.rows)
 
     @cached_property
     def chances(self) -> Tensor:
         """Those of the texts under dense attention."""
         return self.rows.chances(self.dense)
+
+
+def predict(engine: Engine, cache: Cache, rows: Branches) -> Tensor:
+    """Log-probabilities ``[counted, V]`` under the engine's policy; the cache's committed rows stay as they are."""
+    stack = engine.stack
+    segment = rows.segment(cache, engine.policy.new_state(cache.length), stack.device)
+    return stack.logits(stack.forward([segment], engine.policy)[rows.counted.to(stack.device)]).log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -197,7 +210,7 @@ class Wish:
     length: int = 2048
     dense_layers: int | None = None
     target_kl: float | None = None
-    prompts: int = 4
+    prompts: int = 3
     trials: int = 20
     chat: bool = False
     map: bool = False
@@ -290,10 +303,9 @@ class Calibrator:
         """A passage: of even number questions, of odd number plain text. It is kept until another set's turn."""
         if number not in self._passages:
             context, texts = self._text(number // 2) if number % 2 else self._questions(number // 2)
-            cache, rows = self.engine.read(context).cache, Branches.of(texts, joined=True)
             own = self.prompts(number // (2 * self.wish.prompts))
             self._passages = {other: kept for other, kept in self._passages.items() if other in own}
-            self._passages[number] = Passage(cache, texts, rows, self._predict(self.engine, cache, rows))
+            self._passages[number] = Passage(self.engine, self.engine.read(context).cache, texts)
         return self._passages[number]
 
     def effects(self, number: int) -> tuple[Tensor, Tensor]:
@@ -331,7 +343,7 @@ class Calibrator:
             for number in self.prompts(which):
                 passage = self.passage(number)
                 rows = passage.rows
-                found = self._predict(under, passage.cache, rows)
+                found = predict(under, passage.cache, rows)
                 kl = kl_div(found, passage.dense, log_target=True, reduction="none").sum(-1)
                 if number % 2 == 0:
                     lost += (passage.chances - rows.chances(found)).tolist()
@@ -368,17 +380,11 @@ class Calibrator:
             times.append([])
             for _ in range(TIMED):
                 start = time.perf_counter()
-                self._predict(under, passage.cache, rows).argmax(-1).tolist()
+                predict(under, passage.cache, rows).argmax(-1).tolist()
                 times[-1].append(1e3 * (time.perf_counter() - start))
         dense, sparse = (statistics.median(own[1:]) for own in times)
         saved = len(self.layers) * untimed.layer_bytes - untimed.bytes_of(layout, self.budget)
         return replace(untimed, dense_ms=dense, ms_per_byte=max(0.0, dense - sparse) / saved if saved > 0 else 0.0)
-
-    def _predict(self, engine: Engine, cache: Cache, rows: Branches) -> Tensor:
-        """Log-probabilities ``[counted, V]`` under the engine's policy; the cache's committed rows stay as they are."""
-        stack = engine.stack
-        segment = rows.segment(cache, engine.policy.new_state(cache.length), stack.device)
-        return stack.logits(stack.forward([segment], engine.policy)[rows.counted.to(stack.device)]).log_softmax(-1)
 
     def _questions(self, number: int) -> tuple[list[int], list[tuple[list[int], int]]]:
         """A context with facts, and its questions with their answers, of which the numbers are to be predicted."""
@@ -502,7 +508,7 @@ class Explorer:
             prediction = replace(divergence, losses=divergence.losses + LOST_WEIGHT * price * answers.losses)
             for centre in [search(prediction, self.dense), *([self.best] if self.tried else [])]:
                 found.add(centre)
-                found.update(neighbours(centre, prediction, self.dense)[:NEAREST])
+                found.update(neighbours(centre, prediction, self.dense, NEAREST))
                 found.update(prediction.exchanges(centre))
 
         def loss(layout: Layout) -> float:

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.autograd import Function
+from torch.nn.functional import one_hot, pad
 
-from springtide import kernels
 from springtide.attention.policy import Layer, Policy
 from springtide.attention.tidal import Tidal
 from springtide.engine.cache import Cache
@@ -51,6 +51,58 @@ class Behind(Cache):
         return keys[:, start:stop], values[:, start:stop]
 
 
+class Attention(Function):
+    """:func:`springtide.kernels.reference.attend`, with gradients; those of keys and values for the last R slots alone.
+
+    The slots before are a context, which no gradient is asked for. Torch's own backward pass through products and a
+    softmax takes four times as long on a CPU, that of its fused attention ten times.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    ) -> Tensor:
+        folded = _by_kv_head(q, len(k))
+        logits = folded @ k.transpose(1, 2)
+        logits = (logits if logits.dtype.itemsize > 4 else logits.float()) * scale
+        slope: float | Tensor = scale
+        if softcap is not None:
+            capped = (logits / softcap).tanh_()
+            logits, slope = capped * softcap, (1 - capped.square_()).mul_(scale).to(q.dtype)
+        if mask is not None:
+            logits.view(len(k), len(q), -1, k.shape[1]).masked_fill_(~mask[:, None], -torch.inf)
+        probs = logits.softmax(-1).to(v.dtype)
+        out = probs @ v
+        ctx.slope = slope
+        ctx.save_for_backward(folded, k, v, probs, out)
+        return _by_row(out, len(q))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        folded, k, v, probs, out = ctx.saved_tensors
+        rows = len(gradients[0])
+        gradient = _by_kv_head(gradients[0], len(k))
+        offset = -(gradient * out).sum(-1, keepdim=True)
+        change = torch.baddbmm(offset, gradient, v.transpose(1, 2)).mul_(probs).mul_(ctx.slope)
+        before = k.shape[1] - rows
+        of_keys, of_values = (
+            pad(own[..., before:].transpose(1, 2) @ other, (0, 0, before, 0))
+            for own, other in ((change, folded), (probs, gradient))
+        )
+        return _by_row(change @ k, rows), of_keys, of_values, None, None, None
+
+
+def _by_kv_head(q: Tensor, kv_heads: int) -> Tensor:
+    """``[R, H, D]`` as ``[H_kv, R * H / H_kv, D]``."""
+    rows, heads, head_dim = q.shape
+    return q.reshape(rows, kv_heads, heads // kv_heads, head_dim).transpose(0, 1).flatten(1, 2)
+
+
+def _by_row(x: Tensor, rows: int) -> Tensor:
+    """``[H_kv, R * H / H_kv, D]`` as ``[R, H, D]``."""
+    return x.view(len(x), rows, -1, x.shape[2]).transpose(0, 1).flatten(1, 2)
+
+
 @dataclass(frozen=True)
 class Recorder(Policy):
     """Dense attention that gradients can flow through, and that keeps what it was asked and what it answered."""
@@ -65,13 +117,9 @@ class Recorder(Policy):
     def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
         keys, values = segment.cache.read(layer.index, 0, segment.length)
         mask = segment.seen(layer.window).mask
-        logits = kernels.scores(q, keys, layer.scale, layer.softcap)
-        if mask is not None:
-            logits = logits.masked_fill(~mask[:, None, None, :], -torch.inf)
-        # Products of matrices: the backward pass of torch's fused attention takes ten times as long on a CPU.
-        probs = logits.softmax(-1).to(values.dtype).transpose(0, 1).flatten(1, 2)
-        by_head = (probs @ values).view(len(values), len(q), -1, q.shape[2])
-        out = by_head.transpose(0, 1).reshape(q.shape)
+        out: Tensor = Attention.apply(  # type: ignore[no-untyped-call]
+            q, keys, values, mask, layer.scale, layer.softcap
+        )
         if layer.window is None:
             self.queries[layer.index] = layer, q.detach()
             self.outputs[layer.index] = out
