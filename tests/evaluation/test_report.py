@@ -79,11 +79,15 @@ def test_a_picture_of_lines_and_of_values_without_an_x(tmp_path, log_x):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_curve(tmp_path):
-    heads = (KVHead(2, 1),)
-    points = [Point(n, (0,), (1,), heads, budget, 0.1 / n, 0.2, 100, 3.0) for n in (1, 2) for budget in (32, 64)]
+@pytest.mark.parametrize(("saved", "panels"), [(0.0, 2), (0.5, 3)])
+def test_a_curve(tmp_path, monkeypatch, saved, panels):
+    """Where no layout saves time there is nothing to draw over milliseconds."""
+    heads, drawn = (KVHead(2, 1),), []
+    points = [Point(n, (0,), (1,), heads, size, 0.1 / n, 0.2, 100, 3 - saved / n) for n in (1, 2) for size in (32, 64)]
+    save = report._save
+    monkeypatch.setattr(report, "_save", lambda figure, path: (drawn.append(len(figure.axes)), save(figure, path)))
     report.plot_curve(tmp_path / "a.png", points)
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn == [panels] and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_tables(capsys):

@@ -118,15 +118,16 @@ def plot_lines(
 def plot_curve(path: Path, points: Sequence[Any]) -> None:
     """Divergence of answers and of text (solid, dashed) over dense layers, bytes and milliseconds, a line a budget.
 
-    ``points`` are :class:`springtide.evaluation.calibrate.Point`.
+    Milliseconds are left out where no layout saves any. ``points`` are :class:`springtide.evaluation.calibrate.Point`.
     """
     pyplot = _pyplot()
     axes: dict[str, Callable[[Any], float]] = {
         "dense layers": lambda point: point.dense_layers,
         "MB of the cache read for a token": lambda point: point.kv_bytes / 1e6,
-        "predicted ms a token": lambda point: point.predicted_ms,
     }
-    figure, panels = pyplot.subplots(1, len(axes), figsize=(14, 4.2), layout="constrained", sharey=True)
+    if len({point.predicted_ms for point in points}) > 1:
+        axes["predicted ms a token"] = lambda point: point.predicted_ms
+    figure, panels = pyplot.subplots(1, len(axes), figsize=(2 + 4 * len(axes), 4.2), layout="constrained", sharey=True)
     for number, budget in enumerate(sorted({point.budget for point in points})):
         own = [point for point in points if point.budget == budget]
         for panel, (name, x) in zip(panels, axes.items(), strict=True):
