@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import springtide
 from folders import BOOK, save_drafter, save_model, tokenizer
 from springtide import cli
+from springtide.attention import POLICIES
 from springtide.attention.calibration import VERSION
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.tree import TokenTree
@@ -777,6 +778,19 @@ def test_nothing_to_recall(run, folder):
     run("eval", "recall", "--model", folder, "--length", 400, "--policy", "dense").refused("reads the whole context")
 
 
+def test_policies_are_listed_with_their_options(run):
+    result = run("policies")
+    assert (result.code, result.err) == (0, "")
+    for name, policy in POLICIES.items():
+        assert f"{name}: " in result.out
+        options = [field.name for field in fields(policy) if "help" in field.metadata]
+        assert all(f"    {option} " in result.out for option in options)
+
+
+def test_the_bundled_model_is_not_calibrated_in_place(run):
+    run("calibrate").refused("The bundled model is calibrated already; give --model DIR, or --out DIR")
+
+
 def test_env(run):
     result = run("env")
     assert (result.code, result.err) == (0, "")
@@ -937,6 +951,14 @@ def put_nan(folder: Path) -> None:
         (lose("tokenizer.json"), "no usable tokenizer"),
         (put("springtide.json", "{"), "springtide.json' is broken"),
         (put("springtide.json", '{"tidal": {"full": [], "select": [40]}}'), "springtide.json names layer 40"),
+        (
+            put("springtide.json", '{"version": 9, "tidal": {"full": [], "select": [0]}}'),
+            "of a newer version of Springt",
+        ),
+        (
+            put("springtide.json", '{"version": "2", "tidal": {"full": [], "select": [0]}}'),
+            "version is not a whole number",
+        ),
     ],
 )
 def test_a_broken_model_folder(run, tmp_path, damage, message):

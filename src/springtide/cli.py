@@ -277,6 +277,8 @@ def calibrate(
     folder = out or find_model(model)
     check_target(folder / "springtide.json", json_file)
     book, tidal = _text(text), Tidal(budget=parse_budget(budget))
+    if model == "pocket" and out is None:
+        raise SpringtideError("The bundled model is calibrated already; give --model DIR, or --out DIR to write to.")
     engine = _load(model, device, dtype, calibrated=False)
     wish = calibration.Wish(tidal, length, dense_layers, target_kl, prompts, trials, _chats(engine, chat), head_map)
     partial = folder / calibration.PARTIAL
@@ -1167,6 +1169,8 @@ def policies() -> None:
     for name, policy in POLICIES.items():
         print(f"{name}: {(policy.__doc__ or '').splitlines()[0].replace('``', '')}")
         for field in fields(policy):
+            if "help" not in field.metadata:
+                continue
             default = "" if field.default is None else f" (default: {field.default})"
             print(f"    {field.name:10} {field.metadata['help']}{default}")
 

@@ -112,6 +112,13 @@ def test_greedy_is_as_without_a_drafter(drafter, policy):
         assert 0 < sequence.accepted < sequence.drafted
 
 
+def test_a_prompt_of_many_chunks_counts_no_drafts(monkeypatch):
+    monkeypatch.setattr("springtide.engine.loop.CHUNK", 4)
+    sequence = complete(engine("dense"))
+    assert len(PROMPT) > 12 and (sequence.drafted, sequence.accepted) == (0, 0)
+    assert sequence.output == plain("dense")
+
+
 @every_case
 @pytest.mark.parametrize("options", SAMPLINGS.values(), ids=SAMPLINGS.keys())
 def test_sampled_output_is_as_without_a_drafter(drafter, policy, options):

@@ -516,6 +516,17 @@ def test_a_calibration_of_an_earlier_version_is_used_with_a_warning():
         Tidal(layout="paper").resolve(old)
 
 
+@pytest.mark.parametrize("layout", [{"full": [0], "select": [2]}, {"full": [], "select": [0], "full_heads": [[1, 7]]}])
+def test_a_calibration_that_does_not_fit_says_what_to_do(layout):
+    found = spec(calibration={"version": VERSION, "tidal": layout})
+    with pytest.raises(
+        SpringtideError, match=r"^springtide.json does not fit the model \(tidal: .*[^.]\); run `springti"
+    ):
+        Tidal().resolve(found)
+    with pytest.raises(SpringtideError, match=r"^tidal: layer 1 comes before"):
+        Tidal(full=(0,), select=2).resolve(found)
+
+
 def test_calibration_reaches_the_policy_through_the_engine():
     model = tiny("qwen3", num_hidden_layers=6)
     found = {"full": [0], "select": [1, 3], "map": {str(layer): list(sets) for layer, sets in MAP}}

@@ -26,7 +26,9 @@ def read_file(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        layout = content["tidal"]
+        version, layout = content.get("version", 1), content["tidal"]
+        if not isinstance(version, int):
+            raise ValueError("its version is not a whole number")
         layers = [*layout["full"], *layout["select"]]
         if not layout["select"] or not all(isinstance(layer, int) for layer in layers):
             raise ValueError("the layers are not whole numbers")
@@ -40,4 +42,8 @@ def read_file(path: Path) -> dict[str, Any] | None:
         raise SpringtideError(
             f"'{path}' is broken ({error}); run `springtide calibrate` again or delete the file."
         ) from None
+    if version > VERSION:
+        raise SpringtideError(
+            f"'{path}' is of a newer version of Springtide; update Springtide, or run `springtide calibrate` again."
+        )
     return content

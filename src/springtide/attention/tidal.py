@@ -141,7 +141,15 @@ class Tidal(Sparse):
         if self.correct is not None:
             at_least(self.correct, 1, f"{self.name}: correct")
         resolved = replace(super().resolve(spec), **self._layers(spec))
-        resolved._check_layers(spec)
+        try:
+            resolved._check_layers(spec)
+        except SpringtideError as error:
+            if self.select is not None or self.layout != "calibrated":
+                raise
+            raise SpringtideError(
+                f"springtide.json does not fit the model ({str(error).rstrip('.')}); "
+                "run `springtide calibrate` again or delete the file."
+            ) from None
         return replace(resolved, map=resolved._head_map(spec) if self.heads == "map" else None)
 
     def _layers(self, spec: ModelSpec) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class Loop:
             if sequence.finish_reason is not None:
                 break
         sequence.crop(len(sequence.tokens) - 1)
-        sequence.accepted += min(len(kept), len(tokens) - 1)
+        sequence.accepted += min(len(kept), max(0, len(tokens) - 1))
         sequence.from_draft += [i < len(tokens) - 1 for i in range(len(kept))]
         if kept:
             first = sequence.first_token is None
