@@ -1162,17 +1162,14 @@ def bench_kernels(
 @app.command()
 def policies() -> None:
     """The attention policies with their options."""
-    from dataclasses import fields
-
     from springtide.attention import POLICIES
+    from springtide.options import options
 
     for name, policy in POLICIES.items():
         print(f"{name}: {(policy.__doc__ or '').splitlines()[0].replace('``', '')}")
-        for field in fields(policy):
-            if "help" not in field.metadata:
-                continue
-            default = "" if field.default is None else f" (default: {field.default})"
-            print(f"    {field.name:10} {field.metadata['help']}{default}")
+        for option in options(policy):
+            default = "" if option.default is None else f" (default: {option.default})"
+            print(f"    {option.name:10} {option.metadata['help']}{default}")
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, NamedTuple, Self
 
 from springtide.errors import SpringtideError
@@ -12,6 +12,11 @@ from springtide.errors import SpringtideError
 def option(default: Any, help: str) -> Any:
     """A dataclass field with the sentence that documents it wherever options are listed."""
     return field(default=default, metadata={"help": help})
+
+
+def options(cls: type[Any]) -> list[Field[Any]]:
+    """The fields of a dataclass that are options; calibration sets others."""
+    return [each for each in fields(cls) if "help" in each.metadata]
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import types
-from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from springtide.attention.baselines import Oracle, Quest, Streaming
 from springtide.attention.policy import Policy
 from springtide.attention.tidal import Tidal
 from springtide.errors import SpringtideError
-from springtide.options import KVHead, Share, at_least
+from springtide.options import KVHead, Share, at_least, options
 
 POLICIES: dict[str, type[Policy]] = {cls.name: cls for cls in (Policy, Tidal, Quest, Streaming, Oracle)}
 
@@ -26,7 +25,7 @@ def parse_policy(text: str, budget: int | Share | None = None) -> Policy:
         raise SpringtideError(f"Unknown policy '{name}': choose one of {', '.join(POLICIES)}.")
     cls = POLICIES[name]
     types_by_name = get_type_hints(cls)
-    known = [field.name for field in fields(cls) if "help" in field.metadata]
+    known = [option.name for option in options(cls)]
     values: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         key, equals, value = (part.strip() for part in item.partition("="))

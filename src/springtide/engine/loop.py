@@ -151,8 +151,9 @@ class Loop:
             if sequence.finish_reason is not None:
                 break
         sequence.crop(len(sequence.tokens) - 1)
-        sequence.accepted += min(len(kept), max(0, len(tokens) - 1))
-        sequence.from_draft += [i < len(tokens) - 1 for i in range(len(kept))]
+        from_draft = [i < len(tokens) - 1 for i in range(len(kept))]
+        sequence.accepted += sum(from_draft)
+        sequence.from_draft += from_draft
         if kept:
             first = sequence.first_token is None
             sequence.first_token = sequence.first_token or now
