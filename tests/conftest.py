@@ -17,7 +17,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_costs_at_home(cache, monkeypatch):
     """What rows cost is not kept in the user's home."""
-    monkeypatch.setattr("springtide.engine.cost.FILE", cache / "costs.json")
+    monkeypatch.setattr("springtide.model.cost.FILE", cache / "costs.json")
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from springtide.drafting.medusa import Heads, Medusa
-from springtide.engine.stack import Stack
+from springtide.model.stack import Stack
 from springtide.training.data import Corpus
 from springtide.training.data import train_tokenizer as train
 from tiny import tiny

@@ -6,7 +6,7 @@ import torch
 
 from springtide.attention.policy import Policy
 from springtide.engine.loop import Loop
-from springtide.engine.rows import Segment
+from springtide.rows.segment import Segment
 
 
 def steps(engine, sequence, **options):

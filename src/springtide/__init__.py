@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from springtide.engine.engine import Engine, Output
-    from springtide.engine.sampling import Sampling
     from springtide.integrations.transformers import hf_generate
     from springtide.loading import load
+    from springtide.rows.sampling import Sampling
 
 from springtide.errors import SpringtideError
 
@@ -21,7 +21,7 @@ _HOMES = {
     "load": "springtide.loading",
     "Engine": "springtide.engine.engine",
     "Output": "springtide.engine.engine",
-    "Sampling": "springtide.engine.sampling",
+    "Sampling": "springtide.rows.sampling",
     "hf_generate": "springtide.integrations.transformers",
 }
 

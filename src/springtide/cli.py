@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from springtide.attention.policy import Policy
     from springtide.benchmarks.peers import Peer
     from springtide.engine.engine import Engine
-    from springtide.engine.stack import Stack
+    from springtide.model.stack import Stack
     from springtide.options import Share
     from springtide.training.trainer import Objective
 
@@ -151,8 +151,8 @@ def generate(
     dtype: Dtype = None,
 ) -> None:
     """Complete a prompt and print the text as it comes."""
-    from springtide.engine.sampling import Sampling
     from springtide.evaluation.report import check_target, write_json
+    from springtide.rows.sampling import Sampling
 
     check_target(json_file)
     sampling = Sampling(
@@ -194,7 +194,7 @@ def chat(
     dtype: Dtype = None,
 ) -> None:
     """Talk with the model; the cache is kept between turns. /reset starts anew, /exit or Ctrl-D ends."""
-    from springtide.engine.sampling import Sampling
+    from springtide.rows.sampling import Sampling
 
     sampling = Sampling(max_tokens, temperature, top_p, seed=seed, accept=accept)
     chosen = _policy(policy, budget)
@@ -334,9 +334,9 @@ def see(
     device: Device = None,
 ) -> None:
     """Answer a question about an image, and draw what the vision model made of it."""
-    from springtide.captioner import PROJECTOR, Captioner
     from springtide.evaluation.report import check_target, write_json
     from springtide.loading import as_device
+    from springtide.vision.captioner import PROJECTOR, Captioner
     from springtide.vision.dependency_vit import DependencyViTForImageClassification
     from springtide.vision.folder import load_any
     from springtide.vision.images import DependencyViTImageProcessor, read_image
@@ -590,10 +590,10 @@ def train_dependency_vit(
 
     from springtide.evaluation.report import check_target, write_json
     from springtide.loading import as_device
-    from springtide.training import vision
     from springtide.training.running import make_folder
     from springtide.training.trainer import Trainer, new_accelerator, train
     from springtide.vision.folder import load_config
+    from springtide.vision.training import dependency_vit as vision
 
     check_target(json_file)
     if objective == "masked" and (keep != 1 or prune_by is not None):
@@ -664,10 +664,10 @@ def train_captioner(
 
     from springtide.evaluation.report import check_target, write_json
     from springtide.loading import as_device
-    from springtide.training.captioner import CaptionerObjective, Exchanges, new_tokenizer, starting_vit
     from springtide.training.running import make_folder
     from springtide.training.trainer import Trainer, new_accelerator, train
     from springtide.vision.scenes import Scenes
+    from springtide.vision.training.captioner import CaptionerObjective, Exchanges, new_tokenizer, starting_vit
 
     check_target(json_file)
     _quiet_transformers()
@@ -757,8 +757,8 @@ def distill(
     dtype: Dtype = None,
 ) -> None:
     """Have the model continue excerpts of texts, for its drafter to learn from; run again, it adds what is missing."""
-    from springtide.engine.sampling import Sampling
     from springtide.evaluation.report import check_target
+    from springtide.rows.sampling import Sampling
     from springtide.training.distill import Prompts
     from springtide.training.distill import distill as run
     from springtide.training.windows import read_documents
@@ -946,9 +946,9 @@ def eval_captioner(
     device: Device = None,
 ) -> None:
     """Right answers about scenes with all image tokens and with some, and what leaving tokens out saves."""
-    from springtide.captioner import Captioner
-    from springtide.evaluation import captioner as evaluation
     from springtide.evaluation.report import check_target, print_table, write_json
+    from springtide.vision.captioner import Captioner
+    from springtide.vision.evaluation import captioner as evaluation
     from springtide.vision.scenes import Scenes
 
     check_target(json_file)
@@ -976,11 +976,11 @@ def eval_dependency_vit(
     device: Device = None,
 ) -> None:
     """Accuracy, pruning and cost of DependencyViTs; on scenes saliency and parts too. Seeds of a model go together."""
-    from springtide.evaluation import vision
     from springtide.evaluation.report import check_target, write_json
     from springtide.loading import as_device
-    from springtide.training.vision import find_data
+    from springtide.vision.evaluation import dependency_vit as vision
     from springtide.vision.folder import find_vit, load_config
+    from springtide.vision.training.dependency_vit import find_data
 
     check_target(json_file, plot)
     folders = list(dict.fromkeys(find_vit(name.strip()) for name in model.split(",") if name.strip()))

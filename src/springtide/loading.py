@@ -20,10 +20,10 @@ from springtide.attention.tidal import NotCalibratedError
 from springtide.drafting import ADAPTER, find_drafter, find_folder
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.guesser import Guesser
-from springtide.engine.cost import cost_of_rows
 from springtide.engine.engine import Engine
-from springtide.engine.stack import check_supported
 from springtide.errors import SpringtideError
+from springtide.model.cost import cost_of_rows
+from springtide.model.stack import check_supported
 
 CALIBRATIONS = Path.home() / ".cache" / "springtide" / "calibrations"
 

@@ -14,8 +14,8 @@ from springtide.attention import Tidal
 from springtide.attention import layout as layouts
 from springtide.attention.calibration import VERSION
 from springtide.attention.layout import Layout, Prediction, neighbours, search
-from springtide.engine.spec import ModelSpec
 from springtide.options import KVHead
+from springtide.rows.spec import ModelSpec
 
 few = settings(deadline=None, max_examples=25)
 

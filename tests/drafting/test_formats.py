@@ -15,8 +15,8 @@ from torch import nn
 from springtide.cli import main
 from springtide.drafting.folder import read_folder, write_folder
 from springtide.drafting.medusa import Heads, Medusa
-from springtide.engine.stack import Stack
 from springtide.errors import SpringtideError
+from springtide.model.stack import Stack
 from tiny import BASE, tiny
 
 HIDDEN, VOCAB = BASE["hidden_size"], BASE["vocab_size"]

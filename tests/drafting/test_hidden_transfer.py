@@ -15,10 +15,10 @@ from springtide.drafting.hidden_transfer import HiddenTransfer
 from springtide.drafting.shape import Shape, grow
 from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
-from springtide.engine.rows import PREFIX, Segment
-from springtide.engine.sampling import Sampling
-from springtide.engine.stack import Pass, Stack
 from springtide.errors import SpringtideError
+from springtide.model.stack import Pass, Stack
+from springtide.rows.sampling import Sampling
+from springtide.rows.segment import PREFIX, Segment
 from tiny import random_tokens, tiny
 
 VOCAB = 24

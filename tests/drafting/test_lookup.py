@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from springtide.drafting.lookup import OCCURRENCES, TRUST, Index, Lookup, merged
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
-from springtide.engine.sampling import Sampling
 from springtide.errors import SpringtideError
 from springtide.loading import load
+from springtide.rows.sampling import Sampling
 from stepping import check_cache, poison, steps
 from tiny import random_tokens, tiny
 

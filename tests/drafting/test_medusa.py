@@ -12,9 +12,9 @@ from springtide.drafting.shape import MOST_NODES, Shape, expected, grow, typical
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
-from springtide.engine.sampling import Sampling
-from springtide.engine.stack import Stack
 from springtide.errors import SpringtideError
+from springtide.model.stack import Stack
+from springtide.rows.sampling import Sampling
 from tiny import BASE, random_tokens, tiny
 
 HIDDEN, VOCAB = BASE["hidden_size"], BASE["vocab_size"]

@@ -15,7 +15,7 @@ from springtide.drafting.lookup import Lookup
 from springtide.engine.engine import Engine
 from springtide.engine.governor import Governor
 from springtide.engine.loop import Loop
-from springtide.engine.sampling import Sampling
+from springtide.rows.sampling import Sampling
 from stepping import check_cache, steps
 from tiny import random_tokens, tiny
 

@@ -25,7 +25,6 @@ from springtide.attention.calibration import VERSION, read_calibration
 from springtide.attention.layout import Layout, Prediction, search
 from springtide.attention.policy import Policy
 from springtide.engine.engine import Engine
-from springtide.engine.rows import Segment
 from springtide.evaluation import calibrate as calibration
 from springtide.evaluation.calibrate import (
     BUDGETS,
@@ -50,6 +49,7 @@ from springtide.evaluation.calibrate import (
 from springtide.evaluation.effects import Recording
 from springtide.evaluation.needle import Haystack
 from springtide.options import KVHead, Share
+from springtide.rows.segment import Segment
 from tiny import tiny
 
 WISH = Wish(Tidal(budget=32), length=400, prompts=1, trials=3)
@@ -592,7 +592,7 @@ def test_a_broken_partial_calibration_is_no_use(tmp_path, content):
 )
 def test_bad_options_are_refused_before_any_work(options, message, monkeypatch):
     monkeypatch.setattr(Engine, "run", lambda *_: pytest.fail("worked"))
-    monkeypatch.setattr("springtide.engine.stack.Stack.forward", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr("springtide.model.stack.Stack.forward", lambda *_: pytest.fail("worked"))
     with pytest.raises(SpringtideError, match=message) as caught:
         calibrated(engine(), **options)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")

@@ -14,10 +14,10 @@ from springtide.drafting.drafter import Drafter
 from springtide.drafting.guesser import Guesser
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
-from springtide.engine.sampling import Sampling
 from springtide.evaluation import drafts as evaluation
 from springtide.evaluation.drafts import Contender, Drafts, Passage, accepted_depths, drafts, passages, steps
 from springtide.evaluation.perplexity import perplexity
+from springtide.rows.sampling import Sampling
 from tiny import tiny
 
 COUNT = 24

@@ -14,13 +14,13 @@ from torch.testing import assert_close
 
 from springtide.attention.policy import Layer, Policy, dense
 from springtide.attention.tidal import Tidal
-from springtide.engine.cache import Cache
 from springtide.engine.engine import Engine
-from springtide.engine.rows import PREFIX, Segment
-from springtide.engine.stack import Stack
 from springtide.evaluation import effects
 from springtide.evaluation.effects import Attention, Branches, Recording
 from springtide.kernels import reference
+from springtide.model.stack import Stack
+from springtide.rows.cache import Cache
+from springtide.rows.segment import PREFIX, Segment
 from tiny import random_tokens, tiny
 
 CONTEXT = random_tokens(24)

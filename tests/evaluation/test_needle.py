@@ -15,8 +15,8 @@ from folders import BOOK, VOCAB, tokenizer
 from springtide import SpringtideError, facts
 from springtide.attention import Tidal
 from springtide.engine.engine import Engine
-from springtide.engine.sampling import Sampling
 from springtide.evaluation.needle import DEPTHS, DIGITS, FACTS, Cell, Haystack, Trial, ask, needle, ratio, table
+from springtide.rows.sampling import Sampling
 from tiny import tiny
 
 LENGTH = 420

@@ -10,11 +10,11 @@ from folders import BOOK, VOCAB, tokenizer
 from springtide import SpringtideError
 from springtide.attention import Oracle, Streaming, Tidal
 from springtide.attention.policy import Layer
-from springtide.engine.cache import Cache
 from springtide.engine.engine import Engine
-from springtide.engine.rows import Segment
 from springtide.evaluation.needle import Haystack
 from springtide.evaluation.recall import LayerRecall, Meter, recall
+from springtide.rows.cache import Cache
+from springtide.rows.segment import Segment
 from tiny import tiny
 
 LENGTH = 400

@@ -17,9 +17,9 @@ from springtide.drafting.accept import Accepted, accept
 from springtide.drafting.lookup import Lookup
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
-from springtide.engine.rows import PREFIX
-from springtide.engine.sampling import Sampling, distribution, filtered
 from springtide.errors import SpringtideError
+from springtide.rows.sampling import Sampling, distribution, filtered
+from springtide.rows.segment import PREFIX
 from statistic import g_test
 from stepping import check_cache, steps
 from tiny import random_tokens, tiny
@@ -103,7 +103,7 @@ def test_accepted_strings_have_the_targets_distribution(monkeypatch):
             known[row] = filtered(logits, sampling)
         return known[row]
 
-    monkeypatch.setattr("springtide.engine.sampling.filtered", filtered_once)
+    monkeypatch.setattr("springtide.rows.sampling.filtered", filtered_once)
     rows = cache(lambda last, step: TABLE[toy_tree(last, step).tokens])
 
     def rule(tree, committed, draw):

@@ -7,7 +7,7 @@ import torch
 
 from springtide.engine import loop
 from springtide.engine.engine import Engine
-from springtide.engine.sampling import Sampling
+from springtide.rows.sampling import Sampling
 from tiny import ARCHITECTURES, random_tokens, tiny
 
 GREEDY = {"max_tokens": 64}

@@ -14,7 +14,7 @@ from springtide.drafting.medusa import Heads, Medusa
 from springtide.drafting.shape import grow
 from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
-from springtide.engine.sampling import Sampling
+from springtide.rows.sampling import Sampling
 from stepping import check_cache
 from tiny import BASE, random_tokens, tiny
 

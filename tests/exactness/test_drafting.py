@@ -15,10 +15,10 @@ from springtide.attention.policy import Policy
 from springtide.attention.tidal import Tidal
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
-from springtide.engine.rows import PREFIX
-from springtide.engine.sampling import Sampling
 from springtide.kernels import native
 from springtide.options import Share
+from springtide.rows.sampling import Sampling
+from springtide.rows.segment import PREFIX
 from stepping import check_cache, poison, steps
 from tiny import random_tokens, tiny
 

@@ -7,9 +7,9 @@ from guesses import Guesses
 from springtide.drafting.lookup import Lookup
 from springtide.engine import loop
 from springtide.engine.engine import Engine
-from springtide.engine.rows import PromptEmbeds
-from springtide.engine.sampling import Sampling
 from springtide.errors import SpringtideError
+from springtide.rows.sampling import Sampling
+from springtide.rows.segment import PromptEmbeds
 from tiny import random_tokens, tiny
 
 POSITIONS = (0, 1, 4, 5, 6, 9, 13)

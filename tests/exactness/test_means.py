@@ -17,13 +17,13 @@ from springtide.attention.policy import STEP, Layer, Policy, dense
 from springtide.attention.tidal import Tidal
 from springtide.drafting.lookup import Lookup
 from springtide.engine import loop
-from springtide.engine.cache import Cache
 from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
-from springtide.engine.rows import PREFIX, Segment
-from springtide.engine.sampling import Sampling
 from springtide.errors import SpringtideError
 from springtide.options import Share, amount
+from springtide.rows.cache import Cache
+from springtide.rows.sampling import Sampling
+from springtide.rows.segment import PREFIX, Segment
 from stepping import steps
 from tiny import random_tokens, tiny
 

@@ -17,16 +17,16 @@ from springtide.attention.calibration import FILE, VERSION, read_calibration
 from springtide.attention.policy import STEP, Layer, Policy, dense
 from springtide.attention.tidal import NotCalibratedError, Tidal
 from springtide.engine import loop
-from springtide.engine.cache import Cache
 from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
-from springtide.engine.rows import PREFIX, Segment
-from springtide.engine.sampling import Sampling
-from springtide.engine.spec import ModelSpec
 from springtide.errors import SpringtideError
 from springtide.evaluation.recall import Meter
 from springtide.kernels.reference import keep_first
 from springtide.options import KVHead, Share
+from springtide.rows.cache import Cache
+from springtide.rows.sampling import Sampling
+from springtide.rows.segment import PREFIX, Segment
+from springtide.rows.spec import ModelSpec
 from tiny import random_tokens, tiny
 
 PROMPT = random_tokens(40)

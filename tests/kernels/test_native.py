@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from springtide import kernels
-from springtide.engine.cache import Cache
-from springtide.engine.rows import PREFIX, Segment
 from springtide.kernels import Means, Visible, native, reference
+from springtide.rows.cache import Cache
+from springtide.rows.segment import PREFIX, Segment
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

@@ -12,8 +12,8 @@ import springtide
 from folders import BOOK, VOCAB, tokenizer
 from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
-from springtide.engine.sampling import Sampling
 from springtide.errors import SpringtideError
+from springtide.rows.sampling import Sampling
 from springtide.training.distill import Prompts, Written, distill
 from springtide.training.windows import Document
 from tiny import tiny

@@ -11,8 +11,8 @@ import torch
 from folders import VOCAB
 from springtide.attention.policy import Policy
 from springtide.drafting.hidden_transfer import HiddenTransfer
-from springtide.engine.rows import Segment
-from springtide.engine.stack import Pass, Stack
+from springtide.model.stack import Pass, Stack
+from springtide.rows.segment import Segment
 from springtide.training.hidden_transfer import (
     HiddenTransferObjective,
     Reading,

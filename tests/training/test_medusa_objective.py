@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from folders import save_model
 from springtide.drafting.medusa import Medusa
 from springtide.engine.engine import Engine
-from springtide.engine.stack import Stack
 from springtide.errors import SpringtideError
 from springtide.loading import load
+from springtide.model.stack import Stack
 from springtide.training.medusa import DECAY, Medusa2Objective, MedusaObjective
 from tiny import random_tokens, tiny
 

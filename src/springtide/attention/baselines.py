@@ -10,10 +10,10 @@ from torch import Tensor
 
 from springtide import kernels
 from springtide.attention.policy import Layer, Sparse, dense, gathered
-from springtide.engine.rows import Segment
-from springtide.engine.spec import ModelSpec
 from springtide.kernels.reference import keep_first
 from springtide.options import Share, at_least, option
+from springtide.rows.segment import Segment
+from springtide.rows.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from springtide import kernels
-from springtide.engine.rows import Segment
-from springtide.engine.spec import ModelSpec
 from springtide.kernels import Means
 from springtide.options import Share, amount, at_least, option
+from springtide.rows.segment import Segment
+from springtide.rows.spec import ModelSpec
 
 STEP = 64  # tokens of context by which a budget that is a share of it grows
 EVERY = slice(None)

@@ -14,11 +14,11 @@ from torch import Tensor
 from springtide import kernels
 from springtide.attention.calibration import VERSION
 from springtide.attention.policy import STEP, Layer, Sparse, State, dense, gathered
-from springtide.engine.rows import Segment
-from springtide.engine.spec import ModelSpec
 from springtide.errors import SpringtideError
 from springtide.kernels import Means
 from springtide.options import KVHead, Share, amount, at_least, option
+from springtide.rows.segment import Segment
+from springtide.rows.spec import ModelSpec
 
 
 class NotCalibratedError(SpringtideError):

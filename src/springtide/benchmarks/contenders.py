@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
-from collections.abc import Sequence as List
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -13,10 +12,10 @@ from transformers import PreTrainedModel
 
 from springtide.attention.policy import Policy
 from springtide.engine.engine import Engine
-from springtide.engine.sampling import Sampling
-from springtide.engine.sequence import Sequence
+from springtide.engine.request import Request
 from springtide.errors import SpringtideError
 from springtide.evaluation.report import labels
+from springtide.rows.sampling import Sampling
 
 PAUSE = 0.05  # seconds between contenders: idle OpenMP threads spin for a while and would disturb the next one
 
@@ -37,7 +36,7 @@ class Contender(Protocol):
     def read(self, tokens: list[int]) -> int:
         """Read a prompt and return the token after it. The sequence before must have been forgotten."""
 
-    def resume(self, reader: Sequence) -> int:
+    def resume(self, reader: Request) -> int:
         """The same for the tokens in ``reader``'s cache, taking keys and values from there if that is possible."""
 
     def step(self) -> int:
@@ -63,7 +62,7 @@ class Springtide:
     def read(self, tokens: list[int]) -> int:
         return self._start(tokens, None)
 
-    def resume(self, reader: Sequence) -> int:
+    def resume(self, reader: Request) -> int:
         return self._start(reader.tokens[: reader.cache.length], reader.fork())
 
     def step(self) -> int:
@@ -76,7 +75,7 @@ class Springtide:
     def forget(self) -> None:
         del self.sequence, self._passes
 
-    def _start(self, tokens: list[int], reuse: Sequence | None) -> int:
+    def _start(self, tokens: list[int], reuse: Request | None) -> int:
         endless = Sampling(max_tokens=self.engine.stack.spec.context_limit, ignore_eos=True)
         self.sequence = self.engine.start(tokens, endless, reuse=reuse)
         self._passes = self.engine.run([self.sequence])
@@ -85,7 +84,7 @@ class Springtide:
         return self.sequence.tokens[-1]
 
 
-def springtides(engine: Engine, policies: List[Policy]) -> list[Springtide]:
+def springtides(engine: Engine, policies: Sequence[Policy]) -> list[Springtide]:
     """A contender for each policy."""
     names = labels(policies)
     return [Springtide(engine.using(policy), name) for policy, name in zip(policies, names, strict=True)]
@@ -111,7 +110,7 @@ def random_prompt(engine: Engine, length: int) -> list[int]:
 
 
 @torch.inference_mode()
-def filled(engine: Engine, length: int, fill: Fill) -> Sequence:
+def filled(engine: Engine, length: int, fill: Fill) -> Request:
     """A sequence with ``length`` random tokens in its cache: computed by the model, or with random keys and values."""
     tokens = random_prompt(engine, length)
     if fill == "prefill":
@@ -128,7 +127,7 @@ def filled(engine: Engine, length: int, fill: Fill) -> Sequence:
     return reader
 
 
-def check_context(engine: Engine, contexts: List[int], more: int) -> None:
+def check_context(engine: Engine, contexts: Sequence[int], more: int) -> None:
     """Raise SpringtideError unless the model's context holds the longest of ``contexts`` and ``more`` tokens."""
     limit = engine.stack.spec.context_limit
     if max(contexts) + more > limit:

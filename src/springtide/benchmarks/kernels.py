@@ -15,9 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from springtide import kernels
 from springtide.benchmarks.contenders import PAUSE, timed
 from springtide.benchmarks.traffic import read_bandwidth
-from springtide.engine.cache import Cache
 from springtide.kernels import Visible
 from springtide.kernels.reference import gather
+from springtide.rows.cache import Cache
 
 KV_HEADS, GROUP, HEAD_DIM = 8, 4, 64  # llama-1b
 SCALE = HEAD_DIM**-0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence as List
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from springtide.benchmarks.contenders import Contender
 from springtide.benchmarks.exports import check_exported, once, write_gguf, write_openvino
-from springtide.engine.sequence import Sequence
+from springtide.engine.request import Request
 from springtide.errors import SpringtideError
 
 CACHE = Path.home() / ".cache" / "springtide" / "peers"
@@ -50,7 +50,7 @@ class Peer(Contender):
     @abstractmethod
     def __init__(self, target: Target) -> None: ...
 
-    def resume(self, reader: Sequence) -> int:
+    def resume(self, reader: Request) -> int:
         return self.read(reader.tokens[: reader.cache.length])
 
     def kv_bytes(self) -> None:
@@ -69,7 +69,7 @@ class Transformers(Peer):
         self.cache = DynamicCache(config=self.model.config)
         return self._run(tokens)
 
-    def resume(self, reader: Sequence) -> int:
+    def resume(self, reader: Request) -> int:
         self.cache = DynamicCache(config=self.model.config)
         last = reader.cache.length - 1
         for layer in range(self.model.config.num_hidden_layers if last else 0):
@@ -188,7 +188,7 @@ class LlamaCpp(Peer):
 PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (Transformers, OpenVino, LlamaCpp)}
 
 
-def check_peers(names: List[str]) -> None:
+def check_peers(names: Sequence[str]) -> None:
     """Raise SpringtideError for a name that is no peer's, or a peer that is not installed or does not work."""
     for name in names:
         if name not in PEERS:
@@ -203,7 +203,7 @@ def check_peers(names: List[str]) -> None:
             ) from None
 
 
-def prepare(names: List[str], target: Target) -> list[Peer]:
+def prepare(names: Sequence[str], target: Target) -> list[Peer]:
     """The peers by name, ready to read; raises SpringtideError for a model that one of them does not take."""
     return [PEERS[name](target) for name in tqdm(names, desc="preparing peers", leave=False, disable=None, delay=2)]
 

@@ -13,9 +13,9 @@ import torch
 from springtide.attention.policy import Policy
 from springtide.benchmarks.contenders import PAUSE, Fill, dtype_name, filled, random_prompt, timed
 from springtide.engine.engine import Engine
-from springtide.engine.rows import Segment
-from springtide.engine.sequence import Sequence as Decoded
+from springtide.engine.request import Request
 from springtide.evaluation.report import labels
+from springtide.rows.segment import Segment
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def rows(
     ]
 
 
-def _pass(engine: Engine, policy: Policy, reader: Decoded, count: int) -> None:
+def _pass(engine: Engine, policy: Policy, reader: Request, count: int) -> None:
     segment = Segment.chain(
         reader.cache,
         reader.cache.length,

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from springtide.attention.calibration import VERSION
 from springtide.attention.tidal import paper
 from springtide.engine.engine import Engine
-from springtide.engine.spec import ModelSpec
 from springtide.errors import SpringtideError
+from springtide.rows.spec import ModelSpec
 
 LONGEST = 2**20  # tokens that a random model may be made for
 

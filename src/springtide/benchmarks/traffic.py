@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from springtide.engine.cache import Cache
 from springtide.kernels.native import huge_pages
+from springtide.rows.cache import Cache
 
 BUFFER = 2**30  # bytes; beyond any processor's cache
 REPEATS = 10

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from springtide.drafting.tree import TokenTree
-from springtide.engine.sampling import Sampling, distribution, sample
+from springtide.rows.sampling import Sampling, distribution, sample
 
 EPSILON, DELTA = 0.09, 0.3  # of typical acceptance
 

@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Protocol, Self
 from torch import Tensor
 
 from springtide.drafting.tree import TokenTree
-from springtide.engine.rows import Segment
-from springtide.engine.spec import ModelSpec
+from springtide.rows.segment import Segment
+from springtide.rows.spec import ModelSpec
 
 
 class Target(Protocol):
-    """The model that drafts are for (:class:`springtide.engine.stack.Stack`)."""
+    """The model that drafts are for (:class:`springtide.model.stack.Stack`)."""
 
     model: Any
     spec: ModelSpec
@@ -29,7 +29,7 @@ class Target(Protocol):
 
 
 class Pass(Protocol):
-    """A forward pass of the target (:class:`springtide.engine.stack.Pass`)."""
+    """A forward pass of the target (:class:`springtide.model.stack.Pass`)."""
 
     segments: Sequence[Segment]
 

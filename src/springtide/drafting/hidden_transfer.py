@@ -22,8 +22,8 @@ from springtide.drafting.drafter import Pass, Target
 from springtide.drafting.folder import check_base, read_folder, write_folder
 from springtide.drafting.guesser import Guesser
 from springtide.drafting.tree import TokenTree
-from springtide.engine.rows import Segment
 from springtide.errors import SpringtideError
+from springtide.rows.segment import Segment
 
 
 @dataclass

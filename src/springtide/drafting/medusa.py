@@ -16,9 +16,9 @@ from springtide.drafting.drafter import Target
 from springtide.drafting.folder import check_base
 from springtide.drafting.guesser import Guesser
 from springtide.drafting.tree import TokenTree
-from springtide.engine.rows import Segment
 from springtide.errors import SpringtideError
 from springtide.kernels import native
+from springtide.rows.segment import Segment
 
 
 class Heads(nn.Module):

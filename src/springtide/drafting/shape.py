@@ -15,7 +15,7 @@ from heapq import heappop, heappush
 from itertools import islice
 
 from springtide.drafting.tree import TokenTree
-from springtide.engine.rows import PREFIX
+from springtide.rows.segment import PREFIX
 
 Accuracy = Sequence[Sequence[float]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from springtide.engine.rows import PREFIX
+from springtide.rows.segment import PREFIX
 
 
 @dataclass(frozen=True)

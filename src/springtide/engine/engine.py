@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as List
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,16 +19,16 @@ from springtide.attention.policy import Policy
 from springtide.drafting.drafter import Drafter
 from springtide.engine.governor import Governor
 from springtide.engine.loop import Loop
-from springtide.engine.rows import PromptEmbeds
-from springtide.engine.sampling import Sampling
+from springtide.engine.request import FinishReason, Request, Stats
 from springtide.engine.scheduler import Scheduler
-from springtide.engine.sequence import FinishReason, Sequence, Stats
-from springtide.engine.spec import ModelSpec
-from springtide.engine.stack import Stack
 from springtide.engine.text import Detokenizer
 from springtide.errors import SpringtideError
+from springtide.model.stack import Stack
+from springtide.rows.sampling import Sampling
+from springtide.rows.segment import PromptEmbeds
+from springtide.rows.spec import ModelSpec
 
-Prompt = str | List[int]
+Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,9 @@ class Engine:
         return other
 
     @overload
-    def generate(self, prompts: str | List[int], **options: Any) -> Output: ...
+    def generate(self, prompts: str | Sequence[int], **options: Any) -> Output: ...
     @overload
-    def generate(self, prompts: List[str] | List[List[int]], **options: Any) -> list[Output]: ...
+    def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> list[Output]: ...
     def generate(self, prompts: Any, **options: Any) -> Output | list[Output]:
         """Complete one prompt (text or token ids) or a list of them, which run as one batch; none for an empty list.
 
@@ -122,7 +121,7 @@ class Engine:
         sequence = self.start(self.encode(prompt), Sampling.of(**options))
         return (piece for _, piece in self.run([sequence]) if piece)
 
-    def chat(self, messages: List[dict[str, str]], **options: Any) -> Output:
+    def chat(self, messages: Sequence[dict[str, str]], **options: Any) -> Output:
         """Answer ``messages`` (``{"role": ..., "content": ...}``) in the model's chat template."""
         return self.generate([self.render(messages)], **options)[0]
 
@@ -132,18 +131,18 @@ class Engine:
             _check_unicode(prompt)
             return list(self._tokenizer().encode(prompt))
         ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-        if not isinstance(ids, List) or not all(isinstance(token, int) for token in ids):
+        if not isinstance(ids, Sequence) or not all(isinstance(token, int) for token in ids):
             raise SpringtideError("A prompt is text or a list of token ids.")
         return list(ids)
 
-    def render(self, messages: List[dict[str, str]]) -> list[int]:
+    def render(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation in the model's chat template."""
         tokenizer = self._tokenizer()
         if tokenizer.chat_template is None:
             raise SpringtideError(
                 "The model's tokenizer has no chat template; use a model that was trained to chat, or generate."
             )
-        if not isinstance(messages, List) or not all(
+        if not isinstance(messages, Sequence) or not all(
             isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages
         ):
             raise SpringtideError('Messages are a list of {"role": ..., "content": ...}.')
@@ -159,13 +158,13 @@ class Engine:
 
     def start(
         self,
-        tokens: List[int],
+        tokens: Sequence[int],
         sampling: Sampling,
         *,
         prefill: int | None = None,
-        reuse: Sequence | None = None,
+        reuse: Request | None = None,
         embeds: PromptEmbeds | None = None,
-    ) -> Sequence:
+    ) -> Request:
         """A sequence that will complete ``tokens``.
 
         Args:
@@ -197,11 +196,11 @@ class Engine:
             cache = reuse.cache
             state = self.policy.new_state(exact=min(reuse.state.exact, cache.length))
         draft = self.drafter.new_state()
-        return Sequence(
+        return Request(
             list(tokens), cache, state, draft, sampling, prefill_end=prefill, output_start=len(tokens), embeds=embeds
         )
 
-    def read(self, tokens: List[int]) -> Sequence:
+    def read(self, tokens: Sequence[int]) -> Request:
         """A sequence whose cache holds ``tokens``, computed densely, for :meth:`start` to reuse under any policy."""
         plain = self.using("dense")
         sequence = plain.start(tokens, Sampling(max_tokens=1))
@@ -209,7 +208,7 @@ class Engine:
             pass
         return sequence
 
-    def run(self, sequences: List[Sequence]) -> Iterator[tuple[Sequence, str]]:
+    def run(self, sequences: Sequence[Request]) -> Iterator[tuple[Request, str]]:
         """Complete sequences in one batch, yielding each one's new text after every pass that it is part of.
 
         The text is empty while the prompt is read, and always without a tokenizer. Who runs the sequences may end one
@@ -230,11 +229,11 @@ class Engine:
                 if sequence.finish_reason is not None:
                     scheduler.retire(sequence)
 
-    def output(self, sequence: Sequence) -> Output:
+    def output(self, sequence: Request) -> Output:
         """The result of a sequence; one that has not finished counts as cancelled."""
         return Output(sequence.text, sequence.output, sequence.finish_reason or "cancelled", sequence.stats())
 
-    def score(self, tokens: List[int], prefill: int, reuse: Sequence | None = None) -> Tensor:
+    def score(self, tokens: Sequence[int], prefill: int, reuse: Request | None = None) -> Tensor:
         """Log-probability of each of ``tokens[prefill:]`` given those before it, fp32 ``[len(tokens) - prefill]``.
 
         See :meth:`predictions`.
@@ -248,9 +247,9 @@ class Engine:
 
     def predictions(
         self,
-        tokens: List[int],
+        tokens: Sequence[int],
         prefill: int,
-        reuse: Sequence | None = None,
+        reuse: Request | None = None,
         meter: Callable[..., None] | None = None,
     ) -> Iterator[Tensor]:
         """Logits ``[n, V]`` for each of ``tokens[prefill:]`` given those before it, a few rows at a time.
@@ -274,7 +273,7 @@ class Engine:
             segment.cache.commit(segment.prefix, list(range(len(segment.tokens))))
             self.policy.commit(segment, len(segment.tokens))
 
-    def _advance(self, sequence: Sequence, tokens: list[int], text: Detokenizer) -> str:
+    def _advance(self, sequence: Request, tokens: list[int], text: Detokenizer) -> str:
         """Turn new tokens into text and look for stop strings; tokens beyond one are dropped."""
         if self.tokenizer is None:
             return ""
@@ -338,7 +337,7 @@ def _eos(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
 
 
-def _common_prefix(a: List[int], b: List[int]) -> int:
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i

@@ -14,9 +14,9 @@ from springtide.drafting.accept import Accepted, accept
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.tree import TokenTree
 from springtide.engine.governor import Governor
-from springtide.engine.rows import Segment
-from springtide.engine.sequence import Sequence
-from springtide.engine.stack import Pass, Stack
+from springtide.engine.request import Request
+from springtide.model.stack import Pass, Stack
+from springtide.rows.segment import Segment
 
 CHUNK = 1024  # prompt rows in a pass
 GIVEN_ROWS = 64  # rows in a pass that decodes tokens which are known already
@@ -34,7 +34,7 @@ class Loop:
     governor: Governor | None = None
     clock: Callable[[], float] = time.perf_counter
 
-    def step(self, running: Iterable[Sequence]) -> list[tuple[Sequence, list[int]]]:
+    def step(self, running: Iterable[Request]) -> list[tuple[Request, list[int]]]:
         """One pass over ``running``; returns the tokens that each sequence gained."""
         sequences, began = list(running), self.clock()
         # Typical acceptance keeps what was drafted, so that leaving out drafts would change the output.
@@ -56,7 +56,7 @@ class Loop:
         """Final hidden states ``[R, hidden]`` of the rows that were planned."""
         return drafter.forward(Pass(self.stack, segments, self.policy), self.stack.spec.num_layers)
 
-    def plan(self, sequence: Sequence, drafter: Drafter = PLAIN) -> tuple[Segment, TokenTree | None]:
+    def plan(self, sequence: Request, drafter: Drafter = PLAIN) -> tuple[Segment, TokenTree | None]:
         """The sequence's rows in the next pass, and the tree to choose from when they reach the last token.
 
         A prompt is cut into chunks. A refresh runs from the first inexact token to the last one, as a prompt does.
@@ -87,7 +87,7 @@ class Loop:
         )
         return segment, tree
 
-    def _chain(self, sequence: Sequence, start: int, stop: int, *, decoding: bool) -> tuple[Segment, TokenTree | None]:
+    def _chain(self, sequence: Request, start: int, stop: int, *, decoding: bool) -> tuple[Segment, TokenTree | None]:
         tokens, last = sequence.tokens[start:stop], stop == len(sequence.tokens)
         segment = Segment.chain(
             sequence.cache,
@@ -102,13 +102,13 @@ class Loop:
         )
         return segment, TokenTree.single(tokens[-1]) if last else None
 
-    def _given_rows(self, sequence: Sequence) -> int:
+    def _given_rows(self, sequence: Request) -> int:
         if not self.policy.rows_independent:
             return 1
         headroom = self.policy.headroom(sequence.state, sequence.cache.length)
         return GIVEN_ROWS if headroom is None else min(GIVEN_ROWS, headroom)
 
-    def _depth(self, sequence: Sequence) -> int:
+    def _depth(self, sequence: Request) -> int:
         """How deep a tree may be: no further than the next refresh, the request's end and the context limit."""
         limits = [
             sequence.output_start + sequence.sampling.max_tokens - len(sequence.tokens),
@@ -119,7 +119,7 @@ class Loop:
             limits.append(headroom)
         return max(0, min(limits) - 1)
 
-    def commit(self, sequence: Sequence, segment: Segment, tree: TokenTree | None, hidden: Tensor) -> list[int]:
+    def commit(self, sequence: Request, segment: Segment, tree: TokenTree | None, hidden: Tensor) -> list[int]:
         """Keep the accepted rows, forget the others, and append the new tokens, which are returned."""
         if tree is None:
             accepted = Accepted(path=list(range(len(segment.tokens))), tokens=[])
@@ -133,7 +133,7 @@ class Loop:
         self.policy.commit(segment, len(accepted.path))
         return self._append(sequence, segment, accepted.tokens)
 
-    def _append(self, sequence: Sequence, segment: Segment, tokens: list[int]) -> list[int]:
+    def _append(self, sequence: Request, segment: Segment, tokens: list[int]) -> list[int]:
         """Append tokens up to an end of sequence or a limit; tokens cut off leave the cache too."""
         now, limit = time.perf_counter(), self.stack.spec.context_limit
         if tokens and sequence.output:

@@ -35,7 +35,6 @@ from springtide.attention.calibration import FILE, VERSION
 from springtide.attention.layout import ROUNDING, Layout, Prediction, neighbours, search
 from springtide.attention.policy import Policy
 from springtide.attention.tidal import Tidal
-from springtide.engine.cache import Cache
 from springtide.engine.engine import Engine
 from springtide.errors import SpringtideError
 from springtide.evaluation.effects import Branches, Recording
@@ -43,6 +42,7 @@ from springtide.evaluation.needle import Haystack, check_fit
 from springtide.evaluation.report import write_json
 from springtide.files import replacing
 from springtide.options import KVHead
+from springtide.rows.cache import Cache
 
 DEPTHS = tuple((i + 0.5) / 8 for i in range(8))  # of the facts in a context that is asked about
 TEXT_ROWS = 64  # tokens at the end of a plain text that are decoded

@@ -10,9 +10,9 @@ from rich.markup import escape
 from springtide import facts
 from springtide.attention.tidal import Tidal
 from springtide.engine.engine import Engine, Output
-from springtide.engine.sampling import Sampling
 from springtide.evaluation.needle import DEPTHS, Haystack
 from springtide.evaluation.report import print_table
+from springtide.rows.sampling import Sampling
 
 LENGTH = 8500  # tokens of the book with its facts
 BUDGET = 256

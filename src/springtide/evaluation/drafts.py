@@ -19,13 +19,13 @@ from springtide import facts
 from springtide.attention.policy import Policy
 from springtide.drafting.drafter import Drafter
 from springtide.engine.engine import Engine
-from springtide.engine.sampling import Sampling
-from springtide.engine.sequence import Sequence as Decoded
+from springtide.engine.request import Request
 from springtide.errors import SpringtideError
 from springtide.evaluation.needle import Haystack
 from springtide.evaluation.perplexity import perplexity
 from springtide.evaluation.report import labels, plot_drafts, print_table, shown
 from springtide.loading import drafting
+from springtide.rows.sampling import Sampling
 
 Text = Literal["book", "recall"]
 ENDS = (".", "!", "?", "\n")  # of the token before a prompt's first one
@@ -96,7 +96,7 @@ class Tally:
     differing: int = 0
     depths: list[int] = field(default_factory=list)
 
-    def add(self, sequence: Decoded, expected: list[int]) -> None:
+    def add(self, sequence: Request, expected: list[int]) -> None:
         """Count a sequence; the first token came with the prompt, so it does not count."""
         self.prompts += 1
         self.tokens += len(sequence.output) - 1
@@ -262,7 +262,7 @@ def _check_fit(contenders: Sequence[Contender], passages: Sequence[Passage], max
         )
 
 
-def _decode(engine: Engine, prompt: list[int], reader: Decoded, sampling: Sampling) -> Decoded:
+def _decode(engine: Engine, prompt: list[int], reader: Request, sampling: Sampling) -> Request:
     """Complete a prompt, which ``reader`` has read as far as its context goes."""
     sequence = engine.start(prompt, sampling, reuse=reader.fork())
     for _ in engine.run([sequence]):

@@ -23,9 +23,9 @@ from torch.nn.functional import one_hot, pad
 
 from springtide.attention.policy import Layer, Policy
 from springtide.attention.tidal import Tidal
-from springtide.engine.cache import Cache
-from springtide.engine.rows import PREFIX, Segment
-from springtide.engine.stack import Pass, Stack
+from springtide.model.stack import Pass, Stack
+from springtide.rows.cache import Cache
+from springtide.rows.segment import PREFIX, Segment
 
 SAMPLES = 8  # predictions drawn for each gradient's mean
 TEMPERATURE = 0.5  # at which answers are drawn: near enough to 0 to tell which is first, far enough to have a gradient
@@ -133,7 +133,7 @@ class Branches:
     """Texts that go on from one context side by side: rows whose parents form a tree.
 
     Attributes:
-        tokens, parents: of the rows, as in :class:`springtide.engine.rows.Segment`.
+        tokens, parents: of the rows, as in :class:`springtide.rows.segment.Segment`.
         chain: which text each row belongs to, the first of those that share it.
         counted: rows whose predictions count, int64.
         answers: the token that truly follows each of them.

@@ -23,7 +23,7 @@ from torch.nn.functional import kl_div
 from springtide import facts
 from springtide.attention.policy import Policy
 from springtide.engine.engine import Engine
-from springtide.engine.sequence import Sequence as Running
+from springtide.engine.request import Request
 from springtide.errors import SpringtideError
 from springtide.evaluation.report import labels
 
@@ -261,7 +261,7 @@ def ask(engine: Engine, trial: Trial, policies: Sequence[Policy]) -> Tensor:
     return scores
 
 
-def _predicted(engine: Engine, trial: Trial, question: Question, reader: Running) -> Tensor:
+def _predicted(engine: Engine, trial: Trial, question: Question, reader: Request) -> Tensor:
     """Log-probabilities for each token of the answer, fp64 ``[n, V]``; ``reader`` has read the context."""
     tokens = [*trial.context, *question.tokens, *question.answer]
     logits = torch.cat(list(engine.predictions(tokens, len(trial.context), reader)))

@@ -15,10 +15,10 @@ from torch import Tensor
 from springtide import kernels
 from springtide.attention.policy import Layer, Policy
 from springtide.engine.engine import Engine
-from springtide.engine.rows import Segment
 from springtide.errors import SpringtideError
 from springtide.evaluation.needle import Haystack, check_fit
 from springtide.evaluation.report import labels
+from springtide.rows.segment import Segment
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from springtide.attention.policy import Policy
 from springtide.drafting.drafter import Drafter
 from springtide.engine.engine import Engine
-from springtide.engine.sampling import Sampling
 from springtide.errors import SpringtideError
 from springtide.loading import calibration_of, drafting, under
+from springtide.rows.sampling import Sampling
 
 # What the engine does to logits itself, in its order: transformers' name, its attribute, and the engine's option.
 PROCESSORS = {

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from springtide import facts
 from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
-from springtide.engine.sampling import Sampling
+from springtide.engine.request import Request
 from springtide.engine.scheduler import Scheduler
-from springtide.engine.sequence import Sequence as Text
 from springtide.errors import SpringtideError
+from springtide.rows.sampling import Sampling
 from springtide.training.running import cannot_write
 from springtide.training.windows import Document
 
@@ -118,7 +118,7 @@ def distill(prompts: Prompts, out: Path, count: int, sampling: Sampling, batch: 
     loop, scheduler = Loop(engine.stack, engine.policy, engine.drafter, engine.eos), Scheduler(batch)
     written = started = _lines_of(out, prompts)
     lines: dict[int, str] = {}  # finished, but not written yet
-    running: dict[int, Text] = {}
+    running: dict[int, Request] = {}
     gained, began = 0, time.perf_counter()
     try:
         with out.open("a", encoding="utf-8") as file, _bar(count, written) as bar:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from springtide.drafting.hidden_transfer import HiddenTransfer
-from springtide.engine.stack import Stack, scaled
+from springtide.model.stack import Stack, scaled
 from springtide.training.running import lr_scale
 from springtide.training.windows import Windows
 

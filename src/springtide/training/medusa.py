@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from springtide.drafting import ADAPTER
 from springtide.drafting.medusa import Heads, Medusa
-from springtide.engine.stack import Stack, scaled
 from springtide.errors import SpringtideError
 from springtide.files import filling
+from springtide.model.stack import Stack, scaled
 
 DECAY = 0.8  # weight of a head's loss, relative to the head before
 GUESSES = 10  # best guesses of a head that are counted

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from springtide.engine.engine import Engine
-from springtide.engine.fused import FUSED, FusedLayer
 from springtide.kernels import native
+from springtide.model.fused import FUSED, FusedLayer
 from tiny import tiny
 
 pytestmark = pytest.mark.skipif(native.level() is None, reason="the C++ kernels are not in use")

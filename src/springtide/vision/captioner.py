@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from springtide.engine.engine import Engine, Output
-from springtide.engine.rows import PromptEmbeds
-from springtide.engine.sampling import Sampling
-from springtide.engine.sequence import Sequence
+from springtide.engine.request import Request
 from springtide.errors import SpringtideError
 from springtide.files import filling
 from springtide.loading import load
+from springtide.rows.sampling import Sampling
+from springtide.rows.segment import PromptEmbeds
 from springtide.vision.dependency_vit import DependencyViTModel
 from springtide.vision.folder import load_vit
 from springtide.vision.images import DependencyViTImageProcessor
@@ -62,7 +62,7 @@ class Captioner:
         Options are those of :func:`springtide.load`. Raises SpringtideError for what is missing, broken, or does not
         fit together.
         """
-        folder = Path(__file__).parent / "models" / "captioner" if str(folder) == "pocket" else Path(folder)
+        folder = Path(__file__).parents[1] / "models" / "captioner" if str(folder) == "pocket" else Path(folder)
         if not (folder / PROJECTOR).is_file() or not (folder / VISION).is_dir():
             raise SpringtideError(
                 f"'{folder}' is no captioner's folder: it lacks {PROJECTOR} or {VISION}/; "
@@ -108,7 +108,7 @@ class Captioner:
         """The vision model's output for one image, cut as ``grid``, as the first rows of a prompt."""
         return PromptEmbeds(self.projector(seen.last_hidden_state[0]), tuple(seen.indices[0].tolist()), grid.tokens)
 
-    def start(self, embeds: PromptEmbeds, question: str, sampling: Sampling, engine: Engine | None = None) -> Sequence:
+    def start(self, embeds: PromptEmbeds, question: str, sampling: Sampling, engine: Engine | None = None) -> Request:
         """A sequence that will answer ``question`` about an image, in ``engine`` if it has another policy or drafter.
 
         Raises SpringtideError for an empty question, and for words that the language model lacks.

@@ -19,13 +19,13 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from springtide.captioner import Captioner, Projector
 from springtide.engine.engine import Engine
-from springtide.training.vision import LR, new_config, new_objective, parameter_groups
+from springtide.vision.captioner import Captioner, Projector
 from springtide.vision.dependency_vit import DependencyViTModel
 from springtide.vision.folder import load_vit
 from springtide.vision.images import DependencyViTImageProcessor
 from springtide.vision.scenes import Question, SceneBatch, Scenes, questions, scenes
+from springtide.vision.training.dependency_vit import LR, new_config, new_objective, parameter_groups
 from springtide.vision.tree import Grid
 
 UNKNOWN, END = "<unknown>", "<end>"

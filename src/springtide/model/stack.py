@@ -14,12 +14,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from springtide.attention.policy import Layer, Policy
-from springtide.engine.cache import Cache
-from springtide.engine.fused import FusedLayer
-from springtide.engine.rows import Segment
-from springtide.engine.spec import ModelSpec
 from springtide.errors import SpringtideError
 from springtide.kernels import native
+from springtide.model.fused import FusedLayer
+from springtide.rows.cache import Cache
+from springtide.rows.segment import Segment
+from springtide.rows.spec import ModelSpec
 
 ATTENTION = "springtide"
 

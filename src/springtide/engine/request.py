@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from springtide.attention.policy import State
-from springtide.engine.cache import Cache
-from springtide.engine.rows import PromptEmbeds
-from springtide.engine.sampling import Sampling
+from springtide.rows.cache import Cache
+from springtide.rows.sampling import Sampling
+from springtide.rows.segment import PromptEmbeds
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -38,7 +38,7 @@ class Stats:
 
 
 @dataclass
-class Sequence:
+class Request:
     """Tokens, their cache and the policy's state: everything that is needed to go on, in one place.
 
     ``state`` is the policy's and ``draft`` the drafter's. ``embeds`` gives the first rows as vectors; their tokens hold
@@ -87,7 +87,7 @@ class Sequence:
         self.cache.crop(length)
         self.state.crop(self.cache.length)
 
-    def fork(self) -> Sequence:
+    def fork(self) -> Request:
         """An independent sequence that goes on from the same tokens."""
         return replace(
             self,

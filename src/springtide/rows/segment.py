@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from springtide.engine.cache import Cache
 from springtide.kernels.visible import Visible
+from springtide.rows.cache import Cache
 
 PREFIX = -1  # the parent of a row that follows the prefix directly
 

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from springtide.engine.cache import GRAIN, Cache
+from springtide.rows.cache import GRAIN, Cache
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 3, 4
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

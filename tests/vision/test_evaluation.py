@@ -11,7 +11,8 @@ from torch import nn
 
 from springtide.errors import SpringtideError
 from springtide.evaluation import vision
-from springtide.evaluation.vision import (
+from springtide.vision.dependency_vit import DependencyViTForImageClassification
+from springtide.vision.evaluation.dependency_vit import (
     Controls,
     Evaluation,
     PeakMemory,
@@ -22,10 +23,9 @@ from springtide.evaluation.vision import (
     mean_part_iou,
     precision_recall,
 )
-from springtide.training.vision import adapted, new_config, new_objective
-from springtide.vision.dependency_vit import DependencyViTForImageClassification
 from springtide.vision.folder import load_vit
 from springtide.vision.scenes import Scenes
+from springtide.vision.training.dependency_vit import adapted, new_config, new_objective
 from springtide.vision.tree import look
 
 PLAIN = {"attention": "forward", "head_selector": False, "controller": False}

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from springtide.attention.policy import Policy
-from springtide.captioner import Captioner
 from springtide.drafting.lookup import Lookup
 from springtide.engine.engine import Engine
-from springtide.engine.rows import PromptEmbeds
-from springtide.engine.sampling import Sampling
-from springtide.engine.sequence import Sequence as Decoded
+from springtide.engine.request import Request
 from springtide.evaluation.report import labels
+from springtide.rows.sampling import Sampling
+from springtide.rows.segment import PromptEmbeds
+from springtide.vision.captioner import Captioner
 from springtide.vision.scenes import Question, SceneBatch, questions
 
 GREEDY = Sampling(max_tokens=32)
@@ -89,7 +89,7 @@ def _answers(
     engine: Engine,
     embeds: Sequence[PromptEmbeds],
     everything: Sequence[tuple[int, Question]],
-) -> list[Decoded]:
+) -> list[Request]:
     """To questions about the images of these numbers."""
     sequences = [captioner.start(embeds[image], question.text, GREEDY, engine) for image, question in everything]
     for start in range(0, len(sequences), TOGETHER):
@@ -98,7 +98,7 @@ def _answers(
     return sequences
 
 
-def _bytes_of_a_token(sequence: Decoded) -> int:
+def _bytes_of_a_token(sequence: Request) -> int:
     """Of the cache, in all layers."""
     return sum(tensor.nbytes for layer in range(sequence.cache.layers) for tensor in sequence.cache.read(layer, 0, 1))
 

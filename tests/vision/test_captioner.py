@@ -9,24 +9,24 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from springtide.attention import parse_policy
-from springtide.captioner import PROJECTOR, VISION, Captioner
 from springtide.cli import app
-from springtide.engine.sampling import Sampling
 from springtide.errors import SpringtideError
-from springtide.evaluation.captioner import evaluate
-from springtide.training.captioner import (
-    CaptionerObjective,
-    Exchanges,
-    new_tokenizer,
-    tree_mask,
-)
+from springtide.rows.sampling import Sampling
+from springtide.vision.captioner import PROJECTOR, VISION, Captioner
 from springtide.vision.dependency_vit import (
     DependencyViTConfig,
     DependencyViTForImageClassification,
     DependencyViTForMaskedImageModeling,
     DependencyViTModel,
 )
+from springtide.vision.evaluation.captioner import evaluate
 from springtide.vision.scenes import Scenes, questions, scenes
+from springtide.vision.training.captioner import (
+    CaptionerObjective,
+    Exchanges,
+    new_tokenizer,
+    tree_mask,
+)
 
 SMALL = {
     "image_size": 32,

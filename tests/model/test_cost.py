@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from springtide.engine import cost
-from springtide.engine.cost import ROWS, cost_of_rows, lines
 from springtide.engine.engine import Engine
+from springtide.model.cost import ROWS, cost_of_rows, lines
 from tiny import tiny
 
 

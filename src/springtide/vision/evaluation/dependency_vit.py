@@ -28,12 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from springtide.errors import SpringtideError
 from springtide.evaluation.report import print_table
 from springtide.files import replacing
-from springtide.training.vision import accuracy, scores
 from springtide.vision import tree
 from springtide.vision.dependency_vit import SCORES, DependencyViTConfig, DependencyViTForImageClassification
 from springtide.vision.folder import load_config, load_vit
 from springtide.vision.images import LabelledData
 from springtide.vision.scenes import SceneBatch, Scenes, scenes
+from springtide.vision.training.dependency_vit import accuracy, scores
 from springtide.vision.tree import Grid, Output, Saliency, salient
 
 KEEPS = (0.84, 0.68, 0.52, 0.36)

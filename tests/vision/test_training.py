@@ -12,7 +12,6 @@ from springtide.errors import SpringtideError
 from springtide.training import vision
 from springtide.training.running import make_folder
 from springtide.training.trainer import Trainer, train
-from springtide.training.vision import Ahead, LabelsObjective, MaskedObjective
 from springtide.vision import images
 from springtide.vision.dependency_vit import (
     DependencyViTConfig,
@@ -21,6 +20,7 @@ from springtide.vision.dependency_vit import (
 )
 from springtide.vision.folder import load_config, load_vit
 from springtide.vision.images import DependencyViTImageProcessor, ImageFolder
+from springtide.vision.training.dependency_vit import Ahead, LabelsObjective, MaskedObjective
 
 TINY = {
     "image_size": 16,

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from springtide.engine.cache import Cache
-from springtide.engine.rows import PREFIX, Segment
+from springtide.rows.cache import Cache
+from springtide.rows.segment import PREFIX, Segment
 
 
 @st.composite

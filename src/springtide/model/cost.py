@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 import springtide
 from springtide.attention.policy import Policy
-from springtide.engine.cache import Cache
-from springtide.engine.rows import Segment
-from springtide.engine.stack import Stack
 from springtide.kernels import native
+from springtide.model.stack import Stack
+from springtide.rows.cache import Cache
+from springtide.rows.segment import Segment
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 384  # tokens in the cache

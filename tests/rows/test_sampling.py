@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from springtide.engine import sampling as module
-from springtide.engine.sampling import Sampling, filtered, sample
 from springtide.errors import SpringtideError
+from springtide.rows.sampling import Sampling, filtered, sample
 from statistic import g_test
 
 seeds = st.integers(0, 2**31)
