@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 
-from springtide.engine import cost
 from springtide.engine.engine import Engine
+from springtide.model import cost
 from springtide.model.cost import ROWS, cost_of_rows, lines
 from tiny import tiny
 
