@@ -17,8 +17,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from springtide.engine import sampling as module
 from springtide.errors import SpringtideError
+from springtide.rows import sampling as module
 from springtide.rows.sampling import Sampling, filtered, sample
 from statistic import g_test
 

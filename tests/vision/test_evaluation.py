@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from springtide.errors import SpringtideError
-from springtide.evaluation import vision
 from springtide.vision.dependency_vit import DependencyViTForImageClassification
+from springtide.vision.evaluation import dependency_vit as vision
 from springtide.vision.evaluation.dependency_vit import (
     Controls,
     Evaluation,

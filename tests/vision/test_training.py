@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from springtide.errors import SpringtideError
-from springtide.training import vision
 from springtide.training.running import make_folder
 from springtide.training.trainer import Trainer, train
 from springtide.vision import images
@@ -20,6 +19,7 @@ from springtide.vision.dependency_vit import (
 )
 from springtide.vision.folder import load_config, load_vit
 from springtide.vision.images import DependencyViTImageProcessor, ImageFolder
+from springtide.vision.training import dependency_vit as vision
 from springtide.vision.training.dependency_vit import Ahead, LabelsObjective, MaskedObjective
 
 TINY = {
