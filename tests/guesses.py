@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
-from springtide.drafting.drafter import Drafter
+from springtide.drafting.drafter import Drafter, View
 from springtide.drafting.tree import TokenTree
 
 KINDS = ("oracle", "wrong", "zero", "random", "mixed")
@@ -29,7 +28,10 @@ class Guesses(Drafter):
     vocab: int = 97
     calls: int = 0
 
-    def propose(self, state: Any, tokens: Sequence[int]) -> TokenTree:
+    def propose(self, views: Sequence[View]) -> list[TokenTree]:
+        return [self._propose(view.tokens) for view in views]
+
+    def _propose(self, tokens: Sequence[int]) -> TokenTree:
         self.calls += 1
         known = list(tokens)
         ahead = next((list(truth[len(known) :]) for truth in self.truths if truth[: len(known)] == known), [])

@@ -6,21 +6,29 @@ import torch
 
 from springtide.attention.policy import Policy
 from springtide.engine.loop import Loop
+from springtide.rows.cache import Cache
 from springtide.rows.segment import Segment
 
 
 def steps(engine, sequence, **options):
     """Run a sequence to its end; yields after every pass. ``options`` are the loop's."""
-    loop = Loop(engine.stack, engine.policy, engine.drafter, engine.eos, **options)
+    loop = Loop(engine.stack, engine.eos, **options)
     while sequence.finish_reason is None:
         loop.step([sequence])
         yield
 
 
+def holding(length, exact=None):
+    """A cache of one layer that pretends to hold ``length`` tokens."""
+    cache = Cache(1)
+    cache.length, cache.exact = length, length if exact is None else exact
+    return cache
+
+
 def prefilled(engine, tokens):
     """Keys and values of ``tokens`` as a dense prompt, one pair a layer."""
-    segment = Segment.chain(engine.stack.new_cache(), 0, tokens, decoding=False, state=None)
-    engine.stack.forward([segment], Policy())
+    segment = Segment.chain(engine.stack.new_cache(), 0, tokens, "prompt", Policy())
+    engine.stack.forward([segment])
     return [segment.cache.read(layer, 0, len(tokens)) for layer in range(engine.stack.spec.num_layers)]
 
 

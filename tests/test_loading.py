@@ -437,7 +437,7 @@ def test_drafters_by_name(folder, fresh, engine, drafter):
 def test_the_tree_is_chosen_by_what_rows_cost(folder, drafter, monkeypatch):
     sizes = {}
     for name, cost in {"free": lambda rows: 1.0, "dear": lambda rows: 10.0**rows}.items():
-        monkeypatch.setattr("springtide.loading.cost_of_rows", lambda stack, policy, cost=cost: cost)
+        monkeypatch.setattr("springtide.engine.engine.cost_of_rows", lambda stack, policy, cost=cost: cost)
         sizes[name] = len(springtide.load(folder, draft=drafter).drafter.shape.parents)
     assert sizes["free"] > 16 and sizes["dear"] == 1
     kept = Engine(springtide.load(folder).stack.model, drafter=Medusa.load(drafter))
@@ -590,9 +590,10 @@ class Foresight(Drafter):
     def __init__(self, truth: list[int]) -> None:
         self.truth = truth
 
-    def propose(self, state, tokens):
-        chain = [*tokens[-1:], *self.truth[len(tokens) : len(tokens) + 6]]
-        return TokenTree(chain, list(range(-1, len(chain) - 1)))
+    def propose(self, views):
+        known = [len(view.tokens) for view in views]
+        chains = [[*view.tokens[-1:], *self.truth[n : n + 6]] for view, n in zip(views, known, strict=True)]
+        return [TokenTree(chain, list(range(-1, len(chain) - 1))) for chain in chains]
 
 
 def test_tokens_drafted_beyond_a_stop_string_are_dropped(engine):
@@ -701,9 +702,13 @@ def test_policies_by_name_and_as_objects(engine):
 def test_who_runs_sequences_may_end_one(engine):
     sampling = springtide.Sampling(max_tokens=10)
     sequences = [engine.start(random_tokens(n, vocab=VOCAB), sampling) for n in (4, 9)]
-    for sequence, _ in engine.run(sequences):
-        if sequence is sequences[0] and len(sequence.output) == 3:
-            sequence.finish_reason = "cancelled"
+    session = engine.session()
+    for sequence in sequences:
+        session.admit(sequence)
+    while session.unfinished:
+        session.step()
+        if len(sequences[0].output) == 3 and sequences[0].finish_reason is None:
+            session.cancel(sequences[0])
     assert [(len(s.output), s.finish_reason) for s in sequences] == [(3, "cancelled"), (10, "length")]
 
 

@@ -912,9 +912,10 @@ def eval_drafts(
     dtype: Dtype = None,
 ) -> None:
     """Drafters against the same engine without one: acceptance, speed, and whether the output is the same."""
+    from springtide.drafting import find_adapter
     from springtide.evaluation import drafts
     from springtide.evaluation.report import check_target, write_json
-    from springtide.loading import find_adapter, find_model
+    from springtide.loading import find_model
 
     check_target(json_file, plot)
     names = list(dict.fromkeys(filter(None, (name.strip() for name in draft.split(",")))))
@@ -1515,7 +1516,7 @@ def _print_pieces(engine: Engine, sequence: Any, coloured: bool = False) -> None
     coloured = coloured and sys.stdout.isatty()
     painter = _Painter(engine, sequence) if coloured else None
     with tqdm(total=sequence.prefill_end, unit="tok", desc="reading", leave=False, disable=None, delay=2) as bar:
-        for _, piece in engine.run([sequence]):
+        for piece in (event.text for event in engine.run([sequence])):
             bar.update(min(sequence.cache.length, sequence.prefill_end) - bar.n)
             if not sequence.prefilling:
                 bar.close()

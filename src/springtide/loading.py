@@ -6,6 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,10 @@ from transformers.utils import logging as transformers_logging
 from springtide.attention.calibration import read_calibration, read_file
 from springtide.attention.policy import Policy
 from springtide.attention.tidal import NotCalibratedError
-from springtide.drafting import ADAPTER, find_drafter, find_folder
+from springtide.drafting import find_adapter, find_drafter
 from springtide.drafting.drafter import Drafter
-from springtide.drafting.guesser import Guesser
 from springtide.engine.engine import Engine
 from springtide.errors import SpringtideError
-from springtide.model.cost import cost_of_rows
 from springtide.model.stack import check_supported
 
 CALIBRATIONS = Path.home() / ".cache" / "springtide" / "calibrations"
@@ -117,25 +116,9 @@ def _kept_calibration(engine: Engine) -> dict[str, Any]:
 
 def drafting(engine: Engine, draft: str | Path | Drafter) -> Engine:
     """The engine with a drafter, see :func:`load`; raises SpringtideError for one that would change the model."""
-    if not isinstance(draft, Drafter):
-        name = engine.stack.model.name_or_path
-        folder = Path(name) if name else None
-        if find_adapter(draft, folder) is not None:
-            raise SpringtideError(
-                f"The drafter '{draft}' comes with an adapter, which would change your model; "
-                "give springtide.load the model's folder instead of the loaded model."
-            )
-        draft = find_drafter(draft, folder)
-    drafted = engine.drafting(draft)
-    if isinstance(drafted.drafter, Guesser):  # rows' cost takes a second to measure
-        drafted.drafter = drafted.drafter.tuned(cost_of_rows(engine.stack, engine.policy))
+    drafted = copy(engine)
+    drafted.drafter = engine.drafter_of(draft)
     return drafted
-
-
-def find_adapter(draft: str | Path | Drafter | None, model: Path | None) -> Path | None:
-    """The folder of the adapter that comes with a drafter, None if there is none."""
-    folder = find_folder(draft, model) if isinstance(draft, (str, Path)) else None
-    return folder / ADAPTER if folder is not None and (folder / ADAPTER).is_dir() else None
 
 
 def calibration_of(model: PreTrainedModel) -> dict[str, Any] | None:

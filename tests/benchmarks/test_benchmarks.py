@@ -112,7 +112,7 @@ def test_random_keys_and_values_take_the_same_traffic(engine):
 def test_filled(engine, length):
     computed, drawn = (contenders.filled(engine, length, fill) for fill in ("prefill", "random"))
     assert computed.tokens[:length] == drawn.tokens
-    assert computed.cache.length == drawn.cache.length == drawn.state.exact == length
+    assert computed.cache.length == drawn.cache.length == drawn.cache.exact == length
     for layer in range(4):
         for x, y in zip(computed.cache.read(layer, 0, length), drawn.cache.read(layer, 0, length), strict=True):
             assert x.shape == y.shape and x.dtype == y.dtype

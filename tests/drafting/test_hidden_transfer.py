@@ -16,7 +16,7 @@ from springtide.drafting.shape import Shape, grow
 from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
 from springtide.errors import SpringtideError
-from springtide.model.stack import Pass, Stack
+from springtide.model.stack import Stack
 from springtide.rows.sampling import Sampling
 from springtide.rows.segment import PREFIX, Segment
 from tiny import random_tokens, tiny
@@ -59,22 +59,25 @@ def drafting(own, policy="dense", name="qwen3", **overrides):
 
 def run(engine, *segments):
     """Final hidden states of the planned rows of a pass, one tensor a segment."""
-    with torch.inference_mode():
-        hidden = engine.drafter.forward(Pass(engine.stack, segments, engine.policy), 4)
-    return torch.split(hidden, [len(segment.tokens) for segment in segments])
+    return [own[: len(segment.tokens)] for own, segment in zip(all_rows(engine, *segments), segments, strict=True)]
+
+
+def all_rows(engine, *segments):
+    """The same, of pseudo rows too."""
+    return engine.stack.forward(segments)
 
 
 def prompt_segment(engine, tokens, outputs=1):
-    options = {"outputs": outputs, "draft": engine.drafter.new_state()}
+    options = {"outputs": outputs, "drafter": engine.drafter, "draft": engine.drafter.new_state()}
     return Segment.chain(
-        engine.stack.new_cache(), 0, tokens, decoding=False, state=engine.policy.new_state(0), **options
+        engine.stack.new_cache(), 0, tokens, "prompt", engine.policy, state=engine.policy.new_state(), **options
     )
 
 
 def pseudo_of(engine, tokens):
     """Final states ``[K, hidden]`` of the pseudo rows behind the last of ``tokens``, read as a prompt."""
     segment = prompt_segment(engine, tokens)
-    (hidden,) = run(engine, segment)
+    (hidden,) = all_rows(engine, segment)
     engine.drafter.commit(segment, hidden, range(len(tokens)))
     return segment.draft.last
 
@@ -127,7 +130,7 @@ def test_a_long_prompt_is_read_in_chunks():
 def test_a_fork_goes_on_by_itself():
     engine = drafting(drafter(shape=EVERY_CHILD))
     sequence = engine.start(PROMPT, Sampling(max_tokens=24))
-    loop = Loop(engine.stack, engine.policy, engine.drafter, engine.eos)
+    loop = Loop(engine.stack, engine.eos)
     loop.step([sequence])
     twin = sequence.fork()
     for one in (sequence, twin):
@@ -150,7 +153,7 @@ def test_passes_without_the_drafter_leave_it_nothing_to_propose():
 
     engine = drafting(drafter(shape=EVERY_CHILD))
     sequence = engine.start(PROMPT, Sampling(max_tokens=24))
-    loop = Loop(engine.stack, engine.policy, engine.drafter, engine.eos, Turns())
+    loop = Loop(engine.stack, engine.eos, Turns)
     while sequence.finish_reason is None:
         loop.step([sequence])
     assert sequence.output == plain() and 12 < sequence.passes < 23
@@ -168,10 +171,11 @@ def test_real_rows_are_as_without_pseudo_rows(name, policy, layers):
         engine = drafting(own, policy, name)
         first = prompt_segment(engine, PROMPT)
         run(engine, first)
-        first.cache.commit(0, list(range(len(PROMPT))))
-        tree, state = [5, 6, 7, 8, 9, 10], engine.policy.new_state(exact=len(PROMPT))
-        options = {"decoding": True, "state": state, "outputs": len(tree), "draft": own.new_state()}
-        segment = Segment(first.cache, len(PROMPT), tree, [PREFIX, 0, 0, 1, 2, 3], **options)
+        first.cache.commit(0, range(len(PROMPT)), exact=True)
+        tree, state = [5, 6, 7, 8, 9, 10], engine.policy.new_state()
+        options = {"outputs": len(tree), "drafter": engine.drafter, "draft": own.new_state()}
+        parents = [PREFIX, 0, 0, 1, 2, 3]
+        segment = Segment(first.cache, len(PROMPT), tree, parents, "verify", engine.policy, state, **options)
         other = prompt_segment(engine, PROMPT[:9])
         hidden = run(engine, segment, other)
         keys = [s.cache.read(layer, 0, s.prefix + len(s.tokens)) for s in (segment, other) for layer in range(4)]
@@ -183,7 +187,7 @@ def test_real_rows_are_as_without_pseudo_rows(name, policy, layers):
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "mistral"])
 def test_after_every_step_the_cache_and_the_pseudo_rows_are_those_of_a_fresh_prompt(name):
     engine = drafting(drafter(shape=EVERY_CHILD), name=name)
-    loop = Loop(engine.stack, engine.policy, engine.drafter, engine.eos)
+    loop = Loop(engine.stack, engine.eos)
     sequence = engine.start(PROMPT, Sampling(max_tokens=20))
     while sequence.finish_reason is None:
         loop.step([sequence])
@@ -191,25 +195,27 @@ def test_after_every_step_the_cache_and_the_pseudo_rows_are_those_of_a_fresh_pro
         if sequence.finish_reason is None:
             torch.testing.assert_close(sequence.draft.last, pseudo_of(engine, known), atol=1e-10, rtol=0)
         fresh = prompt_segment(engine, known)
-        engine.stack.forward([fresh], Policy())
+        engine.stack.forward([fresh])
         for layer in range(4):
             pairs = zip(sequence.cache.read(layer, 0, len(known)), fresh.cache.read(layer, 0, len(known)), strict=True)
             for got, expected in pairs:
                 torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("decoding", [False, True])
-def test_pseudo_rows_behind_each_node_are_those_behind_its_path(decoding):
+@pytest.mark.parametrize("kind", ["prompt", "verify"])
+def test_pseudo_rows_behind_each_node_are_those_behind_its_path(kind):
     engine = drafting(drafter((0, 2, 3)))
     tree, parents = [5, 6, 7, 8], [PREFIX, 0, 0, 2]
     first = prompt_segment(engine, PROMPT)
     run(engine, first)
-    first.cache.commit(0, list(range(len(PROMPT))))
-    options = {"decoding": decoding, "state": engine.policy.new_state(0), "outputs": 4, "draft": first.draft}
-    run(engine, Segment(first.cache, len(PROMPT), tree, parents, **options))
+    first.cache.commit(0, range(len(PROMPT)), exact=True)
+    options = {"outputs": 4, "drafter": engine.drafter, "draft": first.draft}
+    state = engine.policy.new_state()
+    segment = Segment(first.cache, len(PROMPT), tree, parents, kind, engine.policy, state, **options)
+    (hidden,) = all_rows(engine, segment)
     for node, path in enumerate([[5], [5, 6], [5, 7], [5, 7, 8]]):
-        expected = pseudo_of(engine, PROMPT + path)
-        torch.testing.assert_close(first.draft.nodes[:, node], expected, atol=1e-10, rtol=0)
+        engine.drafter.commit(segment, hidden, [node])
+        torch.testing.assert_close(first.draft.last, pseudo_of(engine, PROMPT + path), atol=1e-10, rtol=0)
 
 
 def test_pseudo_rows_follow_one_another_and_read_the_context():
@@ -227,10 +233,10 @@ def test_only_as_many_steps_run_as_the_shape_has(shape, rows):
     seen = []
 
     class Spy(Policy):
-        def attend(self, layer, q, segment):
+        def reads(self, layer, q, segment):
             if layer.index == 3 and segment.decoding:
                 seen.append(len(q))
-            return super().attend(layer, q, segment)
+            return super().reads(layer, q, segment)
 
     out = drafting(drafter(shape=shape), Spy()).generate(PROMPT, max_tokens=8)
     assert out.token_ids == plain()[:8]

@@ -10,11 +10,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from springtide.attention.policy import Policy
+from springtide.drafting.drafter import View
 from springtide.drafting.lookup import OCCURRENCES, TRUST, Index, Lookup, merged
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
 from springtide.errors import SpringtideError
 from springtide.loading import load
+from springtide.rows.cache import Cache
 from springtide.rows.sampling import Sampling
 from stepping import check_cache, poison, steps
 from tiny import random_tokens, tiny
@@ -48,7 +51,12 @@ def plain(policy="dense", prompt=tuple(PROMPT), **options):
 
 def propose(tokens, state=None, **options):
     drafter = Lookup(**options)
-    return drafter.propose(drafter.new_state() if state is None else state, tokens)
+    return proposed(drafter, drafter.new_state() if state is None else state, tokens)
+
+
+def proposed(drafter, state, tokens):
+    (tree,) = drafter.propose([View(tokens, 99, state, Cache(1), Policy(), None)])
+    return tree
 
 
 def test_the_continuation_of_the_longest_match_is_drafted():
@@ -120,13 +128,13 @@ def test_every_branch_follows_an_occurrence(text, most):
 def test_a_cropped_replaced_or_forked_sequence_is_read_anew(text, data):
     drafter = Lookup()
     state = drafter.new_state()
-    drafter.propose(state, text)
+    proposed(drafter, state, text)
     other = text[: data.draw(st.integers(0, len(text)))] + data.draw(texts)
     known = slice(max(0, len(text) - 8), len(text))
     assume(other[: len(text)] == text or other[known] != text[known])  # what is cropped and grows again differs there
     twin = copy(state)
-    assert drafter.propose(twin, other) == propose(other)
-    assert drafter.propose(state, [*text, 1]) == propose([*text, 1]), "a fork leaves its origin alone"
+    assert proposed(drafter, twin, other) == propose(other)
+    assert proposed(drafter, state, [*text, 1]) == propose([*text, 1]), "a fork leaves its origin alone"
 
 
 def test_a_step_reads_its_new_tokens_only():
@@ -141,10 +149,10 @@ def test_a_step_reads_its_new_tokens_only():
     text = Spy(random_tokens(20_000, vocab=50))
     drafter = Lookup()
     state = drafter.new_state()
-    drafter.propose(state, text)
+    proposed(drafter, state, text)
     Spy.read = 0
     text.append(3)
-    drafter.propose(state, text)
+    proposed(drafter, state, text)
     assert Spy.read < 300
 
 

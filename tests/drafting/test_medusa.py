@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import linear, one_hot, silu
 
+from springtide.attention.policy import Policy
+from springtide.drafting.drafter import View
 from springtide.drafting.folder import check_base
 from springtide.drafting.medusa import Heads, Medusa
 from springtide.drafting.shape import MOST_NODES, Shape, expected, grow, typical
@@ -14,6 +16,7 @@ from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
 from springtide.errors import SpringtideError
 from springtide.model.stack import Stack
+from springtide.rows.cache import Cache
 from springtide.rows.sampling import Sampling
 from tiny import BASE, random_tokens, tiny
 
@@ -60,10 +63,10 @@ def watched(engine, prompt=PROMPT, count=24, **options):
     """Generate, with the drafter's proposals: pairs of the tokens there were and the tree."""
     proposals, propose = [], engine.drafter.propose
 
-    def spy(state, tokens):
-        tree = propose(state, tokens)
-        proposals.append((list(tokens), tree))
-        return tree
+    def spy(views):
+        trees = propose(views)
+        proposals.extend((list(view.tokens), tree) for view, tree in zip(views, trees, strict=True))
+        return trees
 
     engine = engine.drafting(engine.drafter)
     object.__setattr__(engine.drafter, "propose", spy)
@@ -135,16 +138,22 @@ def test_the_tree_is_filled_from_the_hidden_state_of_the_last_accepted_row(name,
         assert tree == shape.fill(tokens[-1], guesses)
 
 
+def propose(drafter, state):
+    """A tree behind tokens 3 and 4."""
+    (tree,) = drafter.propose([View([3, 4], 9, state, Cache(1), Policy(), None)])
+    return tree
+
+
 def test_without_a_hidden_state_only_the_committed_token_is_proposed():
     ready = Engine(model()).drafting(drafter(random_heads())).drafter
-    assert ready.propose(ready.new_state(), [3, 4]) == TokenTree.single(4)
+    assert propose(ready, ready.new_state()) == TokenTree.single(4)
 
 
 def test_a_tree_without_guesses_runs_no_heads():
     ready = Engine(model()).drafting(drafter(random_heads(), shape=Shape((-1,), (0,)))).drafter
     state = ready.new_state()
     state.hidden = torch.full((1, 5), torch.nan)  # of a size that no head takes
-    assert ready.propose(state, [3, 4]) == TokenTree.single(4)
+    assert propose(ready, state) == TokenTree.single(4)
 
 
 @every_form
@@ -194,7 +203,7 @@ def test_a_fork_drafts_for_itself():
     expected = plain.generate(PROMPT, max_tokens=24).token_ids
     engine = plain.drafting(drafter(knowing_heads(plain, PROMPT + expected)))
     sequence = engine.start(PROMPT, Sampling(max_tokens=24))
-    loop = Loop(engine.stack, engine.policy, engine.drafter, engine.eos)
+    loop = Loop(engine.stack, engine.eos)
     for _ in range(3):
         loop.step([sequence])
     fork, before = sequence.fork(), copy(sequence.draft)

@@ -265,8 +265,8 @@ def test_bytes_are_those_that_a_token_at_that_length_reads():
     cache = one.read(one.encode(BOOK)[:399]).cache
     for point in found().curve:
         tidal = Tidal(budget=point.budget, **Layout(point.full, point.select, point.full_heads).options)
-        segment = Segment.chain(cache.fork(), 399, [5], decoding=True, state=Tidal().new_state(399))
-        one.stack.forward([segment], one.resolve(tidal))
+        segment = Segment.chain(cache.fork(), 399, [5], "decode", one.resolve(tidal), state=Tidal().new_state())
+        one.stack.forward([segment])
         assert point.kv_bytes == segment.bytes_read
 
 

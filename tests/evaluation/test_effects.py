@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from springtide.attention.policy import Layer, Policy, dense
+from springtide.attention.policy import Layer, Policy
 from springtide.attention.tidal import Tidal
 from springtide.engine.engine import Engine
 from springtide.evaluation import effects
 from springtide.evaluation.effects import Attention, Branches, Recording
 from springtide.kernels import reference
-from springtide.model.stack import Stack
+from springtide.model.stack import Pass, Stack
 from springtide.rows.cache import Cache
 from springtide.rows.segment import PREFIX, Segment
 from tiny import random_tokens, tiny
@@ -78,10 +78,14 @@ class Draws:
         found = found.unflatten(0, (len(self.tokens), len(TEXTS)))
         return found / weights.view(-1, *[1] * (found.ndim - 2))
 
-    def predictions(self, policy: Policy) -> Tensor:
+    def predictions(self, policy: Policy | Perturbed) -> Tensor:
         """Log-probabilities ``[counted, V]``."""
-        segment = self.rows.segment(self.cache.fork(), None, self.stack.device)
-        return self.stack.logits(self.stack.forward([segment], policy)[self.rows.counted]).log_softmax(-1)
+        change = policy if isinstance(policy, Perturbed) else Perturbed()
+        segment = self.rows.segment(self.cache.fork(), Policy() if change is policy else policy, self.stack.device)
+        step = PerturbedPass(self.stack, [segment], change)
+        with torch.inference_mode():
+            hidden = step.run(step.embed(), 0, self.stack.spec.num_layers)
+        return self.stack.logits(hidden[self.rows.counted]).log_softmax(-1)
 
     def slope(self, policy: Perturbed) -> Tensor:
         """Of the drawn tokens' log-probability in the size of a perturbation, ``[SAMPLES, text]``."""
@@ -97,14 +101,13 @@ class Chooser(Policy):
     tidal: Tidal = TIDAL
     chosen: dict[int, Tensor] = field(default_factory=dict, compare=False)
 
-    def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
+    def reads(self, layer: Layer, q: Tensor, segment: Segment) -> None:
         if layer.window is None:
             self.chosen[layer.index] = self.tidal.choose(layer, q, segment)
-        return dense(layer, q, segment)
 
 
 @dataclass(frozen=True)
-class Perturbed(Policy):
+class Perturbed:
     """Dense attention, and ``epsilon`` times what it changes to read ``slots [R, H_kv, B]`` alone, at some layers."""
 
     slots: dict[int, Tensor] = field(default_factory=dict, compare=False)
@@ -115,21 +118,29 @@ class Perturbed(Policy):
     def by(self, epsilon: float) -> Perturbed:
         return Perturbed(self.slots, epsilon, self.head)
 
-    def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
-        out = dense(layer, q, segment)
-        if layer.index not in self.slots:
+
+class PerturbedPass(Pass):
+    """A pass of one segment in which some layers' attention is perturbed."""
+
+    def __init__(self, stack: Stack, segments: list[Segment], change: Perturbed) -> None:
+        super().__init__(stack, segments)
+        self.change = change
+
+    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, change, (segment,) = super().attend(layer, q, k, v), self.change, self.segments
+        if layer.index not in change.slots:
             return out
         keys, values = segment.cache.read(layer.index, 0, segment.length)
-        slots, group = self.slots[layer.index], q.shape[1] // len(keys)
+        slots, group = change.slots[layer.index], q.shape[1] // len(keys)
         read = torch.zeros(*slots.shape[:2], segment.length, dtype=torch.bool).scatter(2, slots, True)
         read &= segment.seen().mask[:, None]
         sparse = out.clone()
-        for head in range(len(keys)) if self.head is None else [self.head]:
+        for head in range(len(keys)) if change.head is None else [change.head]:
             own, kv = slice(head * group, (head + 1) * group), slice(head, head + 1)
             sparse[:, own] = reference.attend(
                 q[:, own], keys[kv], values[kv], layer.scale, read[:, head], layer.softcap
             )
-        return out + self.epsilon * (sparse - out)
+        return out + change.epsilon * (sparse - out)
 
 
 def selections(draws: Draws, tidal: Tidal = TIDAL) -> dict[int, Tensor]:
@@ -214,8 +225,8 @@ def test_texts_that_begin_alike_may_share_rows():
     assert torch.equal(joined.chain[joined.counted], apart.chain[apart.counted])
     stack, predicted = stack_of(), []
     for rows in (apart, joined):
-        segment = rows.segment(cached(stack), None, stack.device)
-        predicted.append(stack.logits(stack.forward([segment], Policy())[rows.counted]).log_softmax(-1))
+        segment = rows.segment(cached(stack), Policy(), stack.device)
+        predicted.append(stack.logits(stack.forward([segment])[0][rows.counted]).log_softmax(-1))
         torch.testing.assert_close(rows.chances(predicted[-1]), rows.chances(predicted[0]))
     torch.testing.assert_close(*predicted)
 
@@ -358,8 +369,8 @@ def test_branches():
 def test_branches_are_predicted_as_each_alone():
     stack = stack_of()
     cache, rows = cached(stack), Branches.of(TEXTS)
-    together = stack.forward([rows.segment(cache.fork(), None, stack.device)], Policy())
+    (together,) = stack.forward([rows.segment(cache.fork(), Policy(), stack.device)])
     for number, text in enumerate(TEXTS):
         alone = Branches.of([text])
-        segment = alone.segment(cache.fork(), None, stack.device)
-        torch.testing.assert_close(together[rows.chain == number], stack.forward([segment], Policy()))
+        segment = alone.segment(cache.fork(), Policy(), stack.device)
+        torch.testing.assert_close(together[rows.chain == number], stack.forward([segment])[0])

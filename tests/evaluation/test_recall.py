@@ -9,7 +9,7 @@ import springtide
 from folders import BOOK, VOCAB, tokenizer
 from springtide import SpringtideError
 from springtide.attention import Oracle, Streaming, Tidal
-from springtide.attention.policy import Layer
+from springtide.attention.policy import Layer, Policy
 from springtide.engine.engine import Engine
 from springtide.evaluation.needle import Haystack
 from springtide.evaluation.recall import LayerRecall, Meter, recall
@@ -59,7 +59,7 @@ def test_every_head_is_measured_by_itself():
     logits = torch.tensor([[0.0, 1.0, 2.0, 0.5], [3.0, 0.0, 1.0, 2.0]])  # [H_kv, L]
     cache = Cache(1)
     cache.write(0, 0, logits[..., None], logits[..., None])
-    segment = Segment.chain(cache, 2, [7, 7], decoding=True, state=None)
+    segment = Segment.chain(cache, 2, [7, 7], "decode", Policy())
     q = torch.tensor([1.0, 2.0, 1.0, 2.0]).expand(2, 4)[..., None]
     index = torch.tensor([[2, 0], [1, 2]]).expand(2, 2, 2)  # head 0 reads slots 2 and 0, head 1 slots 1 and 2
     meter = Meter()

@@ -72,12 +72,12 @@ def test_second_turn_equals_one_long_prompt(name):
 def test_windows_are_read_from_the_configuration_as_the_layers_use_them(name):
     engine = Engine(tiny(name))
     passed = {}
-    attend = engine.policy.attend
+    reads = engine.policy.reads
 
     class Spy(type(engine.policy)):
-        def attend(self, layer, q, segment):
+        def reads(self, layer, q, segment):
             passed[layer.index] = layer.window
-            return attend(layer, q, segment)
+            return reads(layer, q, segment)
 
     engine.policy = Spy()
     engine.generate(PROMPT, max_tokens=1)

@@ -90,7 +90,7 @@ def plain(policy, prompt=tuple(PROMPT), dtype=torch.float64, **options):
 
 def passes(engine, sequences, **options):
     """Run ``sequences`` to their ends side by side; yields after every pass. ``options`` are the loop's."""
-    loop = Loop(engine.stack, engine.policy, engine.drafter, engine.eos, **options)
+    loop = Loop(engine.stack, engine.eos, **options)
     while running := [sequence for sequence in sequences if sequence.finish_reason is None]:
         loop.step(running)
         yield
@@ -236,10 +236,10 @@ def test_a_drafter_that_seems_slow_is_left_out_and_changes_nothing(drafter, poli
     under = engine(policy, copy(drafter))
     under.adaptive, propose = True, under.drafter.propose
 
-    def slow(state, tokens):
+    def slow(views):
         nonlocal now, drafted
-        now, drafted = now + 10.0, drafted + 1
-        return propose(state, tokens)
+        now, drafted = now + 10.0 * len(views), drafted + len(views)
+        return propose(views)
 
     object.__setattr__(under.drafter, "propose", slow)
     monkeypatch.setattr("springtide.engine.engine.Loop", partial(Loop, clock=clock))

@@ -195,9 +195,9 @@ def test_context_limit_inside_a_branch():
     seen = []
 
     class Spy(Policy):
-        def attend(self, layer, q, segment):
+        def reads(self, layer, q, segment):
             seen.extend(segment.positions)
-            return super().attend(layer, q, segment)
+            return super().reads(layer, q, segment)
 
     engine = Engine(short, policy=Spy(), drafter=Guesses([PROMPT + plain("dense")], "oracle", size=9))
     out = engine.generate(PROMPT, max_tokens=100)

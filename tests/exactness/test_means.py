@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guesses import Guesses
-from springtide.attention import parse_policy, tidal
-from springtide.attention.policy import STEP, Layer, Policy, dense
+from springtide.attention import parse_policy
+from springtide.attention import policy as policies
+from springtide.attention.policy import STEP, Layer, Policy, dense, read
 from springtide.attention.tidal import Tidal
 from springtide.drafting.lookup import Lookup
 from springtide.engine import loop
@@ -24,7 +25,7 @@ from springtide.options import Share, amount
 from springtide.rows.cache import Cache
 from springtide.rows.sampling import Sampling
 from springtide.rows.segment import PREFIX, Segment
-from stepping import steps
+from stepping import holding, steps
 from tiny import random_tokens, tiny
 
 TEXT = random_tokens(400, seed=21)
@@ -62,17 +63,23 @@ def prompt_of(length, name="qwen3", dtype=torch.float64, **overrides):
     """A cache that holds the first tokens of ``TEXT`` as a dense prompt; fork it to write."""
     engine = engine_of("dense", name, dtype, **overrides)
     cache = engine.stack.new_cache()
-    engine.stack.forward([Segment.chain(cache, 0, TEXT[:length], decoding=False, state=None)], Policy())
-    cache.commit(0, list(range(length)))
+    engine.stack.forward([Segment.chain(cache, 0, TEXT[:length], "prompt", Policy())])
+    cache.commit(0, range(length), exact=True)
     return cache
 
 
 def rows_after(engine, cache, tokens, parents=None, state=None):
     """Decode ``tokens`` (a chain, unless ``parents`` say otherwise) on a copy of ``cache``: hidden rows, segment."""
     parents = list(range(-1, len(tokens) - 1)) if parents is None else parents
-    state = engine.policy.new_state(exact=cache.length) if state is None else state
-    segment = Segment(cache.fork(), cache.length, tokens, parents, decoding=True, state=state)
-    return engine.stack.forward([segment], engine.policy), segment
+    state = engine.policy.new_state() if state is None else state
+    segment = Segment(cache.fork(), cache.length, tokens, parents, "decode", engine.policy, state)
+    return engine.stack.forward([segment])[0], segment
+
+
+def crop(request, length):
+    """Forget what is cached of the tokens from position ``length`` on."""
+    request.cache.crop(length)
+    request.state.crop(length)
 
 
 def copied(state):
@@ -101,21 +108,20 @@ class Read:
 @pytest.fixture
 def reads(monkeypatch):
     """Every sparse read, each of which is checked against the cache as it then is."""
-    met, gathered = [], tidal.gathered
+    met, gathered = [], policies.gathered
 
-    def watched(layer, q, segment, index, means=None, **options):
-        met.append(
-            Read(layer.index, segment.prefix, index.shape[2], *((means.count, means.tokens) if means else (0, STEP)))
-        )
+    def watched(layer, q, segment, slots):
+        means, selected = slots.means, slots.index.shape[2]
+        met.append(Read(layer.index, segment.prefix, selected, *((means.count, means.tokens) if means else (0, STEP))))
         if means is not None:
             assert means.count * means.tokens <= segment.prefix
-            slots = segment.cache.read(layer.index, 0, means.count * means.tokens)
-            for got, x in zip((means.keys, means.values), slots, strict=True):
+            known = segment.cache.read(layer.index, 0, means.count * means.tokens)
+            for got, x in zip((means.keys, means.values), known, strict=True):
                 expected = x.unflatten(1, (-1, means.tokens)).mean(2)
                 torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
-        return gathered(layer, q, segment, index, means=means, **options)
+        return gathered(layer, q, segment, slots)
 
-    monkeypatch.setattr(tidal, "gathered", watched)
+    monkeypatch.setattr(policies, "gathered", watched)
     return met
 
 
@@ -125,9 +131,9 @@ def reads(monkeypatch):
 def check_blocks(engine, reads):
     """Committed tokens alone, in blocks that are few enough, inside the budget."""
     assert {read.layer for read in reads} == {2, 4, 5}
-    for read in reads:
-        assert (read.blocks, read.tokens) == blocks_of(engine.policy, read.prefix)
-        assert read.selected + read.blocks == engine.policy.budget_at(read.prefix + 1)
+    for one in reads:
+        assert (one.blocks, one.tokens) == blocks_of(engine.policy, one.prefix)
+        assert one.selected + one.blocks == engine.policy.budget_at(one.prefix + 1)
 
 
 @every_policy
@@ -159,11 +165,11 @@ def test_means_are_those_of_the_cache_at_every_step(policy, length, end, reads):
 def test_what_is_read_stays_within_the_headroom(budget, means, length, correct):
     """As short as their number allows, and the same for all rows until the next block is full."""
     policy = Tidal(budget=budget, means=means, correct=correct)
-    segments = [Segment.chain(Cache(1), length + i, [0], decoding=True, state=None) for i in range(STEP)]
+    segments = [Segment.chain(Cache(1), length + i, [0], "decode", Policy()) for i in range(STEP)]
     found = [(policy.blocks(segment), policy.tokens(segment)) for segment in segments]
     if amount(means, policy.budget_at(length + 1)) < policy.budget_at(length + 1):
         assert found[0][0] == blocks_of(policy, length)
-    headroom = policy.headroom(policy.new_state(length), length)
+    headroom = policy.headroom(holding(length))
     headroom = STEP if headroom is None else headroom
     assert headroom >= 1 and len(set(found[:headroom])) == 1
 
@@ -172,14 +178,14 @@ def test_what_is_read_stays_within_the_headroom(budget, means, length, correct):
 def test_only_with_means_there_is_a_limit(length, left):
     for means in (1, Share(15), Share(0.1)):
         policy = Tidal(budget=9, means=means)
-        assert policy.stepwise and policy.headroom(policy.new_state(0), length) == left
+        assert policy.stepwise and policy.headroom(holding(length)) == left
     for means in (0, Share(0)):
         policy = Tidal(budget=9, means=means)
-        assert not policy.stepwise and policy.headroom(policy.new_state(0), length) is None
+        assert not policy.stepwise and policy.headroom(holding(length)) is None
         growing = Tidal(budget=Share(9), means=means)
-        assert growing.headroom(growing.new_state(0), length) == left
+        assert growing.headroom(holding(length)) == left
     policy = Tidal(budget=9, means=1, correct=20)
-    assert policy.headroom(policy.new_state(length - 3), length) == min(left, 17)
+    assert policy.headroom(holding(length, length - 3)) == min(left, 17)
 
 
 def test_short_contexts_have_none(reads):
@@ -240,7 +246,7 @@ def test_means_in_text():
 def known_at(engine, length):
     """A sequence that has decoded up to ``length`` tokens of ``TEXT``, with the means of before."""
     sequence = engine.start([*TEXT[: length + 1]], Sampling(max_tokens=1), prefill=10)
-    passes = Loop(engine.stack, engine.policy, engine.drafter, engine.eos)
+    passes = Loop(engine.stack, engine.eos)
     while sequence.cache.length < length:
         passes.step([sequence])
     return sequence
@@ -251,8 +257,8 @@ def test_after_a_correction_rows_are_as_with_a_state_that_is_new(policy, every):
     engine = engine_of(f"{policy},correct={every}")
     sequence, met, exact = engine.start(TEXT[:40], Sampling(max_tokens=200)), 0, 40
     for _ in steps(engine, sequence):
-        if sequence.state.exact > exact and sequence.finish_reason is None:
-            exact, met = sequence.state.exact, met + 1
+        if sequence.cache.exact > exact and sequence.finish_reason is None:
+            exact, met = sequence.cache.exact, met + 1
             got, _ = rows_after(engine, sequence.cache, [5, 6], state=copied(sequence.state))
             fresh, _ = rows_after(engine, sequence.cache, [5, 6])
             torch.testing.assert_close(got, fresh, atol=1e-10, rtol=0)
@@ -265,9 +271,9 @@ def test_after_a_crop_rows_are_as_with_a_state_that_is_new(policy, length):
     """However little is left, and however far it goes on, with other tokens."""
     engine = engine_of(policy)
     sequence = known_at(engine, 255)
-    sequence.crop(length)
+    crop(sequence, length)
     sequence.tokens = [*TEXT[:length], *random_tokens(150, seed=5)]
-    passes = Loop(engine.stack, engine.policy, engine.drafter, engine.eos)
+    passes = Loop(engine.stack, engine.eos)
     while sequence.cache.length < len(sequence.tokens) - 1:
         got, _ = rows_after(engine, sequence.cache, [5, 6], [PREFIX, PREFIX], state=copied(sequence.state))
         fresh, _ = rows_after(engine, sequence.cache, [5, 6], [PREFIX, PREFIX])
@@ -279,11 +285,11 @@ def test_after_a_crop_rows_are_as_with_a_state_that_is_new(policy, length):
 def test_after_a_crop_that_is_made_up_with_no_pass_between():
     engine = engine_of(FEW)
     sequence = known_at(engine, 150)
-    sequence.crop(70)
+    crop(sequence, 70)
     other = known_at(engine_of("dense"), 150)
     for layer in range(6):
         sequence.cache.write(layer, 70, *(-x for x in other.cache.read(layer, 70, 150)))
-    sequence.cache.commit(70, list(range(80)))
+    sequence.cache.commit(70, range(80), exact=True)
     got, _ = rows_after(engine, sequence.cache, [5], state=copied(sequence.state))
     torch.testing.assert_close(got, rows_after(engine, sequence.cache, [5])[0], atol=1e-10, rtol=0)
 
@@ -296,7 +302,7 @@ def test_forks_go_their_own_ways(length):
     sequences.append(sequences[0].fork())
     for seed, sequence in enumerate(sequences):
         sequence.tokens = [*sequence.tokens[: length + 1], *random_tokens(70, seed=30 + seed)]
-    passes = Loop(engine.stack, engine.policy, engine.drafter, engine.eos)
+    passes = Loop(engine.stack, engine.eos)
     while sequences[0].cache.length < length + 70:
         passes.step(sequences)
         for sequence in sequences:
@@ -319,7 +325,7 @@ def test_a_second_turn_is_as_in_a_cache_that_was_never_longer(policy):
 
 def test_states_have_their_own():
     policy = parse_policy(FEW)
-    one, two = policy.new_state(0), policy.new_state(0)
+    one, two = policy.new_state(), policy.new_state()
     assert one.means is not two.means
 
 
@@ -404,7 +410,7 @@ def test_rows_of_a_tree_are_as_without_a_tree(policy, picks, prefix):
     def check(node, cache):
         alone, segment = rows_after(engine, cache, [tokens[node]])
         torch.testing.assert_close(tree[node], alone[0], atol=1e-10, rtol=1e-10)
-        segment.cache.commit(segment.prefix, [0])
+        segment.cache.commit(segment.prefix, [0], exact=False)
         for child in (i for i, parent in enumerate(parents) if parent == node):
             check(child, segment.cache)
 
@@ -464,15 +470,15 @@ def clustered(seed, spread, prefix=650):
     slots = torch.cat([slots, normal(2, KV_HEADS, 1, HEAD_DIM)], 2)
     cache = Cache(1)
     cache.write(0, 0, *slots + spread * normal(*slots.shape))
-    return normal(1, KV_HEADS * GROUP, HEAD_DIM), Segment(cache, prefix, [0], [PREFIX], decoding=True, state=None)
+    return normal(1, KV_HEADS * GROUP, HEAD_DIM), Segment(cache, prefix, [0], [PREFIX], "decode", Policy())
 
 
 def error(means, seed, spread, budget=64):
     """How far a layer that selects for itself is from dense attention."""
     q, segment = clustered(seed, spread)
     policy, layer = Tidal(budget=budget, means=means, full=(), select=0, reselect=()), Layer(0, 0.3)
-    segment.state = policy.new_state(0)
-    out = policy.sparse(layer, q, segment, policy.choose(layer, q, segment))
+    segment.state = policy.new_state()
+    out = read(layer, q, segment, policy.sparse(layer, segment, policy.choose(layer, q, segment)))
     return (out - dense(layer, q, segment)).norm()
 
 
@@ -487,7 +493,7 @@ def test_no_spread_and_nothing_selected_is_dense():
     """But for the row itself, which each block's mean leaves out: then blocks are all that there is to know."""
     q, segment = clustered(0, 0.0, prefix=640)
     policy, layer = Tidal(budget=11, means=10), Layer(0, 0.3)
-    segment.state = policy.new_state(0)
+    segment.state = policy.new_state()
     own = torch.full((1, KV_HEADS, 1), 640)
-    got = policy.sparse(layer, q, segment, own)
+    got = read(layer, q, segment, policy.sparse(layer, segment, own))
     torch.testing.assert_close(got, dense(layer, q, segment), atol=1e-12, rtol=0)

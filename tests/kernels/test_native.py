@@ -55,7 +55,7 @@ def segments(draw):
     """Rows that follow a prefix: a chain or a tree; and a window, if any."""
     rows, prefix = draw(st.sampled_from([1, 2, 5, 17, 40, 70])), draw(st.sampled_from([1, 30, 128, 300, 2300]))
     parents = [draw(st.integers(-1, row - 1)) for row in range(rows)] if draw(st.booleans()) else range(-1, rows - 1)
-    segment = Segment(Cache(1), prefix, [0] * rows, [PREFIX if p < 0 else p for p in parents], True, None)
+    segment = Segment(Cache(1), prefix, [0] * rows, [PREFIX if p < 0 else p for p in parents], "decode", None)
     return segment, draw(st.sampled_from([None, None, 1, 20, 200]))
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from springtide.attention.policy import Policy
 from springtide.rows.cache import Cache
 from springtide.rows.segment import PREFIX, Segment
 
@@ -20,7 +21,7 @@ def segments(draw):
         parents = list(range(-1, count - 1))
     else:
         parents = [draw(st.integers(PREFIX, row - 1)) for row in range(count)]
-    return Segment(Cache(1), prefix, [0] * count, parents, decoding=True, state=None)
+    return Segment(Cache(1), prefix, [0] * count, parents, "decode", Policy())
 
 
 def ancestors(segment, row):
@@ -70,21 +71,21 @@ def test_positions_follow_the_parents(segment):
 
 
 def test_a_chain_and_the_same_rows_given_as_a_tree_see_the_same():
-    chain = Segment.chain(Cache(1), 4, [7, 8, 9], decoding=True, state=None)
-    tree = Segment(Cache(1), 4, [7, 8, 9], [PREFIX, 0, 1], decoding=True, state=None)
+    chain = Segment.chain(Cache(1), 4, [7, 8, 9], "decode", Policy())
+    tree = Segment(Cache(1), 4, [7, 8, 9], [PREFIX, 0, 1], "decode", Policy())
     assert chain.positions == tree.positions == [4, 5, 6]
     assert torch.equal(chain.seen().mask, tree.seen().mask)
     assert torch.equal(chain.seen(2, 3).mask, tree.seen(2, 3).mask)
 
 
 def test_one_row_needs_no_mask_unless_its_window_hides_something():
-    one = Segment.chain(Cache(1), 9, [1], decoding=True, state=None)
+    one = Segment.chain(Cache(1), 9, [1], "decode", Policy())
     assert one.seen().mask is None and one.seen(10).mask is None and one.seen(3, 7).mask is None
     assert one.seen(9).mask.tolist() == [[False] + [True] * 9]
 
 
 def test_masks_of_other_windows_and_of_changed_rows_are_not_mixed_up():
-    segment = Segment.chain(Cache(1), 2, [1, 2, 3], decoding=True, state=None)
+    segment = Segment.chain(Cache(1), 2, [1, 2, 3], "decode", Policy())
     wide, narrow = segment.seen().mask, segment.seen(2).mask
     assert not torch.equal(wide, narrow)
     assert torch.equal(segment.seen().mask, wide)

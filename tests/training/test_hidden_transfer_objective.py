@@ -11,7 +11,7 @@ import torch
 from folders import VOCAB
 from springtide.attention.policy import Policy
 from springtide.drafting.hidden_transfer import HiddenTransfer
-from springtide.model.stack import Pass, Stack
+from springtide.model.stack import Stack
 from springtide.rows.segment import Segment
 from springtide.training.hidden_transfer import (
     HiddenTransferObjective,
@@ -41,10 +41,10 @@ def decoded(own, tokens):
     """Logits ``[K, V]`` that the engine gives the pseudo rows behind the last of ``tokens``."""
     stack, drafter = own.target, own.drafter.resolve(own.target)
     segment = Segment.chain(
-        stack.new_cache(), 0, tokens.tolist(), decoding=False, state=None, outputs=1, draft=drafter.new_state()
+        stack.new_cache(), 0, tokens.tolist(), "prompt", Policy(), outputs=1, drafter=drafter, draft=drafter.new_state()
     )
     with torch.inference_mode():
-        drafter.commit(segment, drafter.forward(Pass(stack, [segment], Policy()), 4), range(len(tokens)))
+        drafter.commit(segment, *stack.forward([segment]), range(len(tokens)))
         return stack.head(stack.norm(segment.draft.last))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from springtide import kernels
-from springtide.attention.policy import Layer, Sparse, dense, gathered
+from springtide.attention.policy import Layer, Slots, Sparse
 from springtide.kernels.reference import keep_first
 from springtide.options import Share, at_least, option
 from springtide.rows.segment import Segment
@@ -20,12 +20,12 @@ from springtide.rows.spec import ModelSpec
 class _Baseline(Sparse):
     """Dense for prompts, in the first ``skip`` layers and where the budget covers the context; else ``choose``."""
 
-    def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
+    def reads(self, layer: Layer, q: Tensor, segment: Segment) -> Slots | None:
         skip: int = getattr(self, "skip", 0)
-        if not segment.decoding or layer.window is not None or layer.index < skip or self.covers(segment):
-            return dense(layer, q, segment)
+        if layer.window is not None or layer.index < skip or self.exact(segment):
+            return None
         index = self.choose(layer, q, segment)
-        return gathered(layer, q, segment, index.clamp(max=segment.length - 1), index < segment.length)
+        return Slots(index.clamp(max=segment.length - 1), index < segment.length)
 
     def choose(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
         """The slots that each row reads at this layer: ``[R, H_kv, B]``; those beyond the last one are void."""

@@ -6,6 +6,7 @@ A policy is a frozen dataclass of its options. What it remembers of a sequence l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from springtide import kernels
 from springtide.kernels import Means
 from springtide.options import Share, amount, at_least, option
+from springtide.rows.cache import Cache
 from springtide.rows.segment import Segment
 from springtide.rows.spec import ModelSpec
 
@@ -34,21 +36,39 @@ class Layer:
 
 @dataclass
 class State:
-    """What every policy remembers of a sequence.
-
-    ``exact`` counts the leading tokens whose cache rows are as a dense pass would have written them.
-    """
-
-    exact: int = 0
+    """What a policy remembers of a sequence; nothing, for most."""
 
     def crop(self, length: int) -> None:
         """Forget the tokens from position ``length`` on."""
-        self.exact = min(self.exact, length)
+
+    def fork(self) -> Self:
+        """A state that goes on by itself."""
+        return copy(self)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What the rows of a segment read in place of everything.
+
+    Attributes:
+        index: int64 ``[R, H_kv, B]``, the slots that each row reads, less those that it may not see.
+        valid: bool, the same shape; False excludes a slot. None excludes none.
+        means: stand for slots that are not read.
+        full_heads: KV heads that read everything instead.
+    """
+
+    index: Tensor
+    valid: Tensor | None = None
+    means: Means | None = None
+    full_heads: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Dense attention, and the base of every other policy."""
+    """Dense attention, and the base of every other policy.
+
+    A policy says what is read; the pass does the reading (:func:`read`).
+    """
 
     name: ClassVar[str] = "dense"
     rows_independent: ClassVar[bool] = True
@@ -58,15 +78,15 @@ class Policy:
         """Check the options against a model and fill in those that depend on it; raises SpringtideError."""
         return self
 
-    def new_state(self, exact: int) -> State:
-        """State of a sequence whose first ``exact`` tokens are in the cache as a dense pass writes them."""
-        return State(exact)
+    def new_state(self) -> State:
+        """State of a sequence that begins."""
+        return State()
 
-    def resume(self, state: State, length: int, prefilling: bool) -> int:
-        """The first position that the next pass computes: ``length`` (tokens in the cache), or less for a refresh."""
-        return length
+    def resume(self, cache: Cache, prefilling: bool) -> int:
+        """The first position that the next pass computes: ``cache.length``, or less for a refresh."""
+        return cache.length
 
-    def headroom(self, state: State, length: int) -> int | None:
+    def headroom(self, cache: Cache) -> int | None:
         """How many tokens may be committed before rows are computed in another way; None for no limit.
 
         That is when the next refresh is due, or when a budget that is a share of the context grows.
@@ -82,18 +102,22 @@ class Policy:
         """The budget as results name it: tokens, a share such as ``"5%"``, or None."""
         return None
 
-    def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
-        """Attention output ``[R, H, D]`` of the segment's rows ``q [R, H, D]``, whose keys are in the cache already."""
-        return dense(layer, q, segment)
+    def reads(self, layer: Layer, q: Tensor, segment: Segment) -> Slots | None:
+        """What a layer reads for the segment's rows ``q [R, H, D]``, whose keys are in the cache already.
+
+        None stands for everything that the rows may see.
+        """
+        return None
+
+    def exact(self, segment: Segment) -> bool:
+        """Whether the segment's rows attend to everything that they may see, in every layer."""
+        return True
 
     def grown(self, segment: Segment, origins: Sequence[int]) -> None:
         """Rows were added to the segment in mid-pass: each goes on from the hidden state of the row in ``origins``."""
 
-    def commit(self, segment: Segment, kept: int) -> None:
-        """The pass is over and ``kept`` rows of the segment stay in the cache."""
-        state: State = segment.state
-        if not segment.decoding and segment.prefix <= state.exact:
-            state.exact = max(state.exact, segment.prefix + kept)
+    def commit(self, segment: Segment, kept: Sequence[int]) -> None:
+        """The pass is over and rows ``kept`` (ascending) of the segment stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +146,11 @@ class Sparse(Policy):
         """Whether what a row reads changes with each ``STEP`` of context."""
         return isinstance(self.budget, Share)
 
-    def headroom(self, state: State, length: int) -> int | None:
+    def exact(self, segment: Segment) -> bool:
+        return not segment.decoding or self.covers(segment)
+
+    def headroom(self, cache: Cache) -> int | None:
+        length = cache.length
         steps = [STEP - length % STEP] if self.stepwise else []
         held = self.budget_at(length + 1) - length  # tokens more that the budget holds
         return min([*steps, held] if held > 0 else steps, default=None)
@@ -144,19 +172,14 @@ def dense(layer: Layer, q: Tensor, segment: Segment, heads: slice = EVERY) -> Te
     return kernels.attend(q, keys, values, layer.scale, segment.seen(layer.window, start), layer.softcap)
 
 
-def gathered(
-    layer: Layer,
-    q: Tensor,
-    segment: Segment,
-    index: Tensor,
-    valid: Tensor | None = None,
-    means: Means | None = None,
-    full_heads: Sequence[int] = (),
-) -> Tensor:
-    """Attention over slots ``index [R, H_kv, B]`` alone, less those that a row may not see or ``valid`` excludes.
+def read(layer: Layer, q: Tensor, segment: Segment, slots: Slots | None) -> Tensor:
+    """Attention ``[R, H, D]`` of the segment's rows ``q [R, H, D]`` over what a policy says that they read."""
+    return dense(layer, q, segment) if slots is None else gathered(layer, q, segment, slots)
 
-    ``means`` stand for slots that are not read. The KV heads ``full_heads`` attend to everything instead.
-    """
+
+def gathered(layer: Layer, q: Tensor, segment: Segment, slots: Slots) -> Tensor:
+    """Attention over some slots alone, less those that a row may not see."""
+    index, valid, means = slots.index, slots.valid, slots.means
     keys, values = segment.cache.read(layer.index, 0, segment.length)
     mask = segment.seen().mask
     if mask is not None:
@@ -164,13 +187,13 @@ def gathered(
     if valid is not None:
         mask = valid if mask is None else mask & valid
     if segment.meter is not None:
-        read = torch.ones_like(index, dtype=torch.bool) if mask is None else mask
-        segment.meter(layer, q, segment, index, read, full_heads)
+        kept = torch.ones_like(index, dtype=torch.bool) if mask is None else mask
+        segment.meter(layer, q, segment, index, kept, slots.full_heads)
     segment.bytes_read += index.numel() * keys.shape[2] * (keys.element_size() + values.element_size())
     segment.bytes_read += 0 if means is None else len(index) * means.nbytes
     out = kernels.attend_gathered(q, keys, values, index, layer.scale, mask, layer.softcap, means)
     group = q.shape[1] // len(keys)
-    for head in full_heads:
+    for head in slots.full_heads:
         queries = slice(head * group, (head + 1) * group)
         out[:, queries] = dense(layer, q[:, queries], segment, slice(head, head + 1))
     return out

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from springtide import kernels
 from springtide.attention.calibration import VERSION
-from springtide.attention.policy import STEP, Layer, Sparse, State, dense, gathered
+from springtide.attention.policy import STEP, Layer, Slots, Sparse, State
 from springtide.errors import SpringtideError
 from springtide.kernels import Means
 from springtide.options import KVHead, Share, amount, at_least, option
+from springtide.rows.cache import Cache
 from springtide.rows.segment import Segment
 from springtide.rows.spec import ModelSpec
 
@@ -57,7 +58,6 @@ class TidalState(State):
     means: Mapping[int, Means] = field(default_factory=dict)
 
     def crop(self, length: int) -> None:
-        super().crop(length)
         self.means = {layer: known.cut(length // known.tokens) for layer, known in self.means.items()}
 
 
@@ -225,40 +225,38 @@ class Tidal(Sparse):
                 "so it must be listed in full."
             )
 
-    def new_state(self, exact: int) -> TidalState:
-        return TidalState(exact)
+    def new_state(self) -> TidalState:
+        return TidalState()
 
-    def resume(self, state: State, length: int, prefilling: bool) -> int:
-        if self.correct is None:
-            return length
-        due = prefilling or length - state.exact >= self.correct
-        return state.exact if due else length
+    def resume(self, cache: Cache, prefilling: bool) -> int:
+        due = self.correct is not None and (prefilling or cache.length - cache.exact >= self.correct)
+        return cache.exact if due else cache.length
 
     @property
     def stepwise(self) -> bool:
         return super().stepwise or self.means not in (0, Share(0))
 
-    def headroom(self, state: State, length: int) -> int | None:
-        limits = [] if self.correct is None else [self.correct - (length - state.exact)]
-        growth = super().headroom(state, length)
+    def headroom(self, cache: Cache) -> int | None:
+        limits = [] if self.correct is None else [self.correct - (cache.length - cache.exact)]
+        growth = super().headroom(cache)
         return min([*limits, growth] if growth is not None else limits, default=None)
 
-    def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
-        if not segment.decoding or layer.window is not None or self.covers(segment):
-            return dense(layer, q, segment)
+    def reads(self, layer: Layer, q: Tensor, segment: Segment) -> Slots | None:
+        if layer.window is not None or self.exact(segment):
+            return None
         state: TidalState = segment.state
         if layer.index in self.dense_layers:
             if layer.index in self.selecting:
                 state.selected = self.choose(layer, q, segment)
-            return dense(layer, q, segment)
+            return None
         assert state.selected is not None
         index = state.selected if self.map is None else state.selected[:, self.sets[layer.index]]
-        return self.sparse(layer, q, segment, index)
+        return self.sparse(layer, segment, index)
 
-    def sparse(self, layer: Layer, q: Tensor, segment: Segment, index: Tensor) -> Tensor:
-        """Attention of a layer that reads slots ``index [R, H_kv, B]``, which another one chose: ``[R, H, D]``."""
+    def sparse(self, layer: Layer, segment: Segment, index: Tensor) -> Slots:
+        """What a layer reads for which another one chose the slots ``index [R, H_kv, B]``."""
         means = self.stand_ins(layer, segment)
-        return gathered(layer, q, segment, index, means=means, full_heads=self.dense_heads.get(layer.index, ()))
+        return Slots(index, means=means, full_heads=self.dense_heads.get(layer.index, ()))
 
     def blocks(self, segment: Segment) -> tuple[int, int]:
         """How many blocks are read by their means, and how many tokens each of them has."""
@@ -305,8 +303,7 @@ class Tidal(Sparse):
             others = torch.arange(segment.length - len(origins), segment.length, device=chosen.device)
             state.selected = torch.cat([chosen, others.expand(*chosen.shape[:2], -1)], dim=-1)
 
-    def commit(self, segment: Segment, kept: int) -> None:
-        super().commit(segment, kept)
+    def commit(self, segment: Segment, kept: Sequence[int]) -> None:
         state: TidalState = segment.state
         state.selected = None
         if not segment.decoding:  # whose rows may have replaced others

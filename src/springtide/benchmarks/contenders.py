@@ -122,8 +122,8 @@ def filled(engine: Engine, length: int, fill: Fill) -> Request:
             for x in reader.cache.read(layer, 0, 1)
         )
         reader.cache.write(layer, 1, keys, values)
-    reader.cache.commit(1, list(range(length - 1)))
-    reader.tokens, reader.state.exact = tokens, length
+    reader.cache.commit(1, range(length - 1), exact=True)
+    reader.tokens = tokens
     return reader
 
 

@@ -75,12 +75,9 @@ def rows(
 
 
 def _pass(engine: Engine, policy: Policy, reader: Request, count: int) -> None:
+    tokens, state = random_prompt(engine, count), policy.new_state()
     segment = Segment.chain(
-        reader.cache,
-        reader.cache.length,
-        random_prompt(engine, count),
-        decoding=True,
-        state=policy.new_state(exact=reader.cache.length),
-        device=engine.stack.device,
+        reader.cache, reader.cache.length, tokens, "decode", policy, state=state, device=engine.stack.device
     )
-    engine.stack.logits(engine.stack.forward([segment], policy)).argmax(-1).tolist()
+    (hidden,) = engine.stack.forward([segment])
+    engine.stack.logits(hidden).argmax(-1).tolist()

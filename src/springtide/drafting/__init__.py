@@ -46,3 +46,9 @@ def find_drafter(name: str | Path, model: Path | None) -> Drafter:
         if kind == cls.name:
             return cls.load(folder)
     raise SpringtideError(f"'{folder}' holds a drafter '{kind}', which this version does not know; update springtide.")
+
+
+def find_adapter(draft: str | Path | Drafter | None, model: Path | None) -> Path | None:
+    """The folder of the adapter that comes with a drafter, None if there is none."""
+    folder = find_folder(draft, model) if isinstance(draft, (str, Path)) else None
+    return folder / ADAPTER if folder is not None and (folder / ADAPTER).is_dir() else None

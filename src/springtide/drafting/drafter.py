@@ -7,11 +7,13 @@ on the sequence's segments as ``segment.draft``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
 from springtide.drafting.tree import TokenTree
+from springtide.rows.cache import Cache
 from springtide.rows.segment import Segment
 from springtide.rows.spec import ModelSpec
 
@@ -28,17 +30,38 @@ class Target(Protocol):
     def head(self, normed: Tensor) -> Tensor: ...
 
 
-class Pass(Protocol):
-    """A forward pass of the target (:class:`springtide.model.stack.Pass`)."""
+@dataclass(frozen=True)
+class View:
+    """What a drafter sees of a request when it is asked for a draft.
 
-    segments: Sequence[Segment]
+    Attributes:
+        tokens: the committed ones, prompt and output; the last of them is in no cache yet.
+        depth: how deep the tree may be; what is deeper is cut off.
+        draft: the drafter's own state of the request.
+        cache, policy, state: the request's cache, its policy, and the policy's state.
+    """
 
-    def embed(self) -> Tensor: ...
-    def run(self, hidden: Tensor, start: int, stop: int) -> Tensor: ...
-    def split(self, hidden: Tensor) -> list[Tensor]: ...
-    def grow(
-        self, hidden: Tensor, parents: Sequence[Sequence[int]], origins: Sequence[Sequence[int]], rows: Tensor
-    ) -> Tensor: ...
+    tokens: Sequence[int]
+    depth: int
+    draft: Any
+    cache: Cache
+    policy: Any
+    state: Any
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Rows that are added to a segment in mid-pass.
+
+    Attributes:
+        parents: the rows that the new ones follow.
+        origins: those whose hidden states theirs were made of, whose choice of slots a policy takes over.
+        rows: their hidden states ``[n, hidden]``.
+    """
+
+    parents: Sequence[int]
+    origins: Sequence[int]
+    rows: Tensor
 
 
 class Drafter:
@@ -51,22 +74,24 @@ class Drafter:
         return self
 
     def new_state(self) -> Any:
-        """Draft state of a sequence of which nothing was computed yet; copied when the sequence is forked."""
+        """Draft state of a request of which nothing was computed yet; copied when the request is forked."""
         return None
 
-    def forward(self, step: Pass, layers: int) -> Tensor:
-        """Run a pass through all ``layers`` layers: final hidden states ``[R, hidden]`` of the rows that were planned.
+    def propose(self, views: Sequence[View]) -> list[TokenTree]:
+        """For each request a tree whose node 0 is the last of its tokens."""
+        return [TokenTree.single(view.tokens[-1]) for view in views]
 
-        A drafter may add rows in mid-pass, and take hidden states for its own use.
-        """
-        return step.run(step.embed(), 0, layers)
+    @property
+    def grows(self) -> Sequence[int]:
+        """Layers before which it adds rows in mid-pass, ascending; one entry for each time."""
+        return ()
+
+    def grow(self, number: int, segments: Sequence[Segment], hidden: Sequence[Tensor]) -> list[Growth]:
+        """What is added to each segment the ``number``-th time, from 0; ``hidden [rows, hidden]`` are its rows'."""
+        raise NotImplementedError
 
     def commit(self, segment: Segment, hidden: Tensor, kept: Sequence[int]) -> None:
         """A pass is over: rows ``kept`` (ascending) stay; ``hidden [rows, hidden]`` are the segment's final states.
 
         Called when the last of these rows has been asked for the next token. What it followed is committed already.
         """
-
-    def propose(self, state: Any, tokens: Sequence[int]) -> TokenTree:
-        """A tree whose node 0 is the last of ``tokens``, the committed tokens of the sequence with this state."""
-        return TokenTree.single(tokens[-1])

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from springtide.drafting.drafter import Pass, Target
+from springtide.drafting.drafter import Growth, Target, View
 from springtide.drafting.folder import check_base, read_folder, write_folder
 from springtide.drafting.guesser import Guesser
 from springtide.drafting.tree import TokenTree
@@ -28,13 +28,8 @@ from springtide.rows.segment import Segment
 
 @dataclass
 class Pseudo:
-    """Final hidden states of a sequence's pseudo rows.
+    """``last [K, hidden]``: final hidden states of the pseudo rows of the last row kept; None if it had none."""
 
-    ``nodes [K, N, hidden]``: those of the N rows of the present pass that are asked for a token; ``last [K, hidden]``:
-    those of the last row that was kept; None where a pass had none.
-    """
-
-    nodes: Tensor | None = None
     last: Tensor | None = None
 
 
@@ -134,45 +129,36 @@ class HiddenTransfer(Guesser):
     def new_state(self) -> Pseudo:
         return Pseudo()
 
-    def forward(self, step: Pass, layers: int) -> Tensor:
-        """Run a pass in which every row that is asked for a token gets a chain of pseudo rows.
-
-        Maps that the shape has no nodes for get none.
-        """
+    @property
+    def grows(self) -> Sequence[int]:
+        """Maps that the shape has no nodes for add no rows."""
         assert self.shape is not None
-        hidden, start = step.embed(), 0
-        for k, layer in enumerate(self.layers[: self.shape.depth]):
-            hidden = self._transfer(k, step, step.run(hidden, start, layer))
-            start = layer
-        planned = []
-        for segment, own in zip(step.segments, step.split(step.run(hidden, start, layers)), strict=True):
-            real, pseudo = own.tensor_split([len(segment.tokens)])
-            if segment.outputs:
-                segment.draft.nodes = pseudo.view(self.shape.depth, segment.outputs, own.shape[-1])
-            planned.append(real)
-        return torch.cat(planned)
+        return self.layers[: self.shape.depth]
 
-    def _transfer(self, k: int, step: Pass, hidden: Tensor) -> Tensor:
-        """``hidden`` with the rows that map ``k``, from 0, makes: each below the one that map ``k - 1`` made."""
-        parents, origins, states = [], [], []
-        for segment, own in zip(step.segments, step.split(hidden), strict=True):
-            planned = len(segment.tokens)
-            asked = range(planned - segment.outputs, planned)
-            parents.append(range(segment.rows - segment.outputs, segment.rows))
-            origins.append(asked)
-            states.append(own[asked.start : asked.stop])
-        return step.grow(hidden, parents, origins, F.linear(torch.cat(states), self.weight[k], self.bias[k]))
+    def grow(self, number: int, segments: Sequence[Segment], hidden: Sequence[Tensor]) -> list[Growth]:
+        """Every row that is asked for a token gets a chain of pseudo rows: map by map, each below the one before."""
+        asked = [range(len(s.tokens) - s.outputs, len(s.tokens)) for s in segments]
+        states = torch.cat([own[rows.start : rows.stop] for own, rows in zip(hidden, asked, strict=True)])
+        made = torch.split(F.linear(states, self.weight[number], self.bias[number]), [len(rows) for rows in asked])
+        return [
+            Growth(range(segment.rows - segment.outputs, segment.rows), rows, new)
+            for segment, rows, new in zip(segments, asked, made, strict=True)
+        ]
 
     def commit(self, segment: Segment, hidden: Tensor, kept: Sequence[int]) -> None:
-        state: Pseudo = segment.draft
-        last = kept[-1] - (len(segment.tokens) - segment.outputs)
-        state.last = None if state.nodes is None else state.nodes[:, last]
-        state.nodes = None
+        planned = len(segment.tokens)
+        place = kept[-1] - (planned - segment.outputs)
+        segment.draft.last = hidden[planned:][place :: segment.outputs] if len(hidden) > planned else None
 
     @torch.inference_mode()
-    def propose(self, state: Pseudo, tokens: Sequence[int]) -> TokenTree:
+    def propose(self, views: Sequence[View]) -> list[TokenTree]:
         assert self.target is not None and self.shape is not None
-        if state.last is None or self.shape.depth == 0:
-            return TokenTree.single(tokens[-1])
-        logits = self.target.head(self.target.norm(state.last))
-        return self.shape.fill(tokens[-1], logits.topk(self.shape.width).indices.tolist())
+        trees = [TokenTree.single(view.tokens[-1]) for view in views]
+        known = [place for place, view in enumerate(views) if view.draft.last is not None]
+        if known and self.shape.depth:
+            last = torch.stack([views[place].draft.last for place in known])
+            logits = self.target.head(self.target.norm(last.flatten(0, 1)))
+            guesses = logits.topk(self.shape.width).indices.view(len(known), self.shape.depth, -1).tolist()
+            for place, own in zip(known, guesses, strict=True):
+                trees[place] = self.shape.fill(views[place].tokens[-1], own)
+        return trees

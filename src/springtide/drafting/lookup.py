@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import ClassVar, Self
 
-from springtide.drafting.drafter import Drafter, Target
+from springtide.drafting.drafter import Drafter, Target, View
 from springtide.drafting.tree import TokenTree
 from springtide.options import at_least, option
 
@@ -87,9 +87,12 @@ class Lookup(Drafter):
     def new_state(self) -> Index:
         return Index(self.shortest, self.longest)
 
-    def propose(self, state: Index, tokens: Sequence[int]) -> TokenTree:
-        state.read(tokens)
-        length, places = state.match(tokens)
+    def propose(self, views: Sequence[View]) -> list[TokenTree]:
+        return [self._propose(view.draft, view.tokens) for view in views]
+
+    def _propose(self, index: Index, tokens: Sequence[int]) -> TokenTree:
+        index.read(tokens)
+        length, places = index.match(tokens)
         return merged(tokens, places[: -OCCURRENCES - 1 : -1], min(self.most, TRUST * length))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from springtide.drafting import formats
-from springtide.drafting.drafter import Target
+from springtide.drafting.drafter import Target, View
 from springtide.drafting.folder import check_base
 from springtide.drafting.guesser import Guesser
 from springtide.drafting.tree import TokenTree
@@ -166,9 +166,14 @@ class Medusa(Guesser):
         segment.draft.hidden = self.target.norm(hidden[kept[-1]][None])
 
     @torch.inference_mode()
-    def propose(self, state: Last, tokens: Sequence[int]) -> TokenTree:
+    def propose(self, views: Sequence[View]) -> list[TokenTree]:
         assert self.target is not None and self.shape is not None
-        if state.hidden is None or self.shape.depth == 0:
-            return TokenTree.single(tokens[-1])
-        logits = self.heads(state.hidden, self.target.head, self.shape.depth)[:, 0]
-        return self.shape.fill(tokens[-1], logits.topk(self.shape.width).indices.tolist())
+        trees = [TokenTree.single(view.tokens[-1]) for view in views]
+        known = [place for place, view in enumerate(views) if view.draft.hidden is not None]
+        if known and self.shape.depth:
+            hidden = torch.cat([views[place].draft.hidden for place in known])
+            logits = self.heads(hidden, self.target.head, self.shape.depth)
+            guesses = logits.topk(self.shape.width).indices.transpose(0, 1).tolist()
+            for place, own in zip(known, guesses, strict=True):
+                trees[place] = self.shape.fill(views[place].tokens[-1], own)
+        return trees

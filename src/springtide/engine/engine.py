@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -16,14 +17,18 @@ from transformers import PreTrainedModel
 
 from springtide.attention import parse_policy
 from springtide.attention.policy import Policy
+from springtide.drafting import find_adapter, find_drafter
 from springtide.drafting.drafter import Drafter
+from springtide.drafting.guesser import Guesser
 from springtide.engine.governor import Governor
 from springtide.engine.loop import Loop
 from springtide.engine.request import FinishReason, Request, Stats
-from springtide.engine.scheduler import Scheduler
+from springtide.engine.session import Event, Session
 from springtide.engine.text import Detokenizer
 from springtide.errors import SpringtideError
+from springtide.model.cost import cost_of_rows
 from springtide.model.stack import Stack
+from springtide.rows.cache import Cache
 from springtide.rows.sampling import Sampling
 from springtide.rows.segment import PromptEmbeds
 from springtide.rows.spec import ModelSpec
@@ -76,6 +81,7 @@ class Engine:
         _check_calibration(self.stack.spec)
         self.tokenizer = tokenizer
         self.drafter = (drafter or Drafter()).resolve(self.stack)
+        self._drafters: dict[tuple[int | str, Policy], tuple[Drafter | str | Path, Drafter]] = {}
         self.policy = self.resolve(policy)
         self.adaptive = adaptive
         self.eos = _eos(model, tokenizer)
@@ -96,6 +102,31 @@ class Engine:
         other.drafter = drafter.resolve(self.stack)
         return other
 
+    def drafter_of(self, draft: Drafter | str | Path, policy: Policy | None = None) -> Drafter:
+        """A drafter, or the one of that name or folder, ready for the model and kept.
+
+        Its draft tree is chosen by what rows cost on this machine under the ``policy`` (default: the engine's). Raises
+        SpringtideError if it is missing or broken, or would change the model.
+        """
+        policy = policy or self.policy
+        key = (id(draft) if isinstance(draft, Drafter) else str(draft), policy)
+        if key not in self._drafters:
+            drafter = (draft if isinstance(draft, Drafter) else self._named(draft)).resolve(self.stack)
+            if isinstance(drafter, Guesser):  # rows' cost takes a second to measure
+                drafter = drafter.tuned(cost_of_rows(self.stack, policy))
+            self._drafters[key] = draft, drafter
+        return self._drafters[key][1]
+
+    def _named(self, draft: str | Path) -> Drafter:
+        name = self.stack.model.name_or_path
+        folder = Path(name) if name else None
+        if find_adapter(draft, folder) is not None:
+            raise SpringtideError(
+                f"The drafter '{draft}' comes with an adapter, which would change your model; "
+                "give springtide.load the model's folder instead of the loaded model."
+            )
+        return find_drafter(draft, folder)
+
     @overload
     def generate(self, prompts: str | Sequence[int], **options: Any) -> Output: ...
     @overload
@@ -103,23 +134,25 @@ class Engine:
     def generate(self, prompts: Any, **options: Any) -> Output | list[Output]:
         """Complete one prompt (text or token ids) or a list of them, which run as one batch; none for an empty list.
 
-        Options are the fields of :class:`springtide.Sampling`. Raises SpringtideError for an empty prompt, one
-        beyond the context limit, or a bad option.
+        Options are those of :meth:`start`; ``policy`` and ``draft`` may be lists, one each for the prompts. Raises
+        SpringtideError for an empty prompt, one beyond the context limit, or a bad option.
         """
-        sampling = Sampling.of(**options)
         prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
         single = isinstance(prompts, str) or any(isinstance(p, int) for p in prompts)
-        sequences = [self.start(self.encode(p), sampling) for p in ([prompts] if single else prompts)]
-        for _ in self.run(sequences):
+        session = self.session()
+        each = _for_each(options, 1 if single else len(prompts))
+        requests = [session.add(p, **own) for p, own in zip([prompts] if single else prompts, each, strict=True)]
+        for _ in session.run():
             pass
-        outputs = [self.output(sequence) for sequence in sequences]
+        outputs = [self.output(request) for request in requests]
         return outputs[0] if single else outputs
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """Complete one prompt, yielding pieces of text as they come."""
         self._tokenizer()
-        sequence = self.start(self.encode(prompt), Sampling.of(**options))
-        return (piece for _, piece in self.run([sequence]) if piece)
+        session = self.session()
+        session.add(prompt, **options)
+        return (event.text for event in session.run() if event.text)
 
     def chat(self, messages: Sequence[dict[str, str]], **options: Any) -> Output:
         """Answer ``messages`` (``{"role": ..., "content": ...}``) in the model's chat template."""
@@ -156,26 +189,44 @@ class Engine:
             raise SpringtideError(f"The model's chat template does not take these messages: {reason}.") from None
         return ids
 
+    def session(self, max_requests: int = 16) -> Session:
+        """Requests that come and go and share passes, ``max_requests`` at a time."""
+        loop = Loop(self.stack, self.eos, Governor if self.adaptive else None)
+        return Session(loop, lambda prompt, **options: self.start(self.encode(prompt), **options), max_requests)
+
     def start(
         self,
         tokens: Sequence[int],
-        sampling: Sampling,
+        sampling: Sampling | None = None,
         *,
+        policy: Policy | str | None = None,
+        draft: Drafter | str | Path | None = None,
         prefill: int | None = None,
         reuse: Request | None = None,
         embeds: PromptEmbeds | None = None,
+        watch: Callable[[Tensor], None] | None = None,
+        meter: Callable[..., None] | None = None,
+        **options: Any,
     ) -> Request:
-        """A sequence that will complete ``tokens``.
+        """A request to complete ``tokens``, for a session to run.
 
         Args:
+            sampling: how tokens are chosen and when to stop; or its fields as ``options``.
+            policy: the attention policy (default: the engine's).
+            draft: what proposes tokens to try (default: the engine's drafter), see :meth:`drafter_of`.
             prefill: how many tokens are computed as a prompt; the rest is decoded like generated ones (default: all).
-            reuse: an earlier sequence whose cache is taken over as far as its tokens agree; it is not usable after.
+            reuse: an earlier request whose cache is taken over as far as its tokens agree and are as a dense pass
+                writes them; it is not usable after.
             embeds: vectors in place of the first tokens, which may be any.
+            watch, meter: see :class:`springtide.engine.request.Request`.
 
-        Raises SpringtideError for a prompt that is empty or too long, tokens that do not exist, and vectors that do not
-        fit the model or have no token after them.
+        Raises SpringtideError for a prompt that is empty or too long, tokens that do not exist, vectors that do not
+        fit the model or have no token after them, and bad options.
         """
         limit, vocab = self.stack.spec.context_limit, self.stack.spec.vocab_size
+        sampling = Sampling.of(**options) if sampling is None else replace(sampling, **options)
+        if sampling.stop:
+            self._tokenizer()
         if not tokens:
             raise SpringtideError("The prompt is empty; give at least one token.")
         if embeds is not None:
@@ -189,49 +240,41 @@ class Engine:
         if min(tokens) < 0 or max(tokens) >= vocab:
             raise SpringtideError(f"Token ids must be between 0 and {vocab - 1}.")
         prefill = len(tokens) if prefill is None else prefill
-        if reuse is None:
-            cache, state = self.stack.new_cache(), self.policy.new_state(exact=0)
-        else:
-            reuse.cache.crop(_common_prefix(reuse.tokens, tokens[:-1]) if reuse.embeds is embeds else 0)
-            cache = reuse.cache
-            state = self.policy.new_state(exact=min(reuse.state.exact, cache.length))
-        draft = self.drafter.new_state()
-        return Request(
-            list(tokens), cache, state, draft, sampling, prefill_end=prefill, output_start=len(tokens), embeds=embeds
+        policy = self.policy if policy is None else self.resolve(policy)
+        request = Request(
+            list(tokens),
+            sampling,
+            policy,
+            self.drafter if draft is None else self.drafter_of(draft, policy),
+            self.stack.new_cache() if reuse is None else _taken_over(reuse, tokens, embeds),
+            prefill_end=prefill,
+            output_start=len(tokens),
+            embeds=embeds,
+            writer=None if self.tokenizer is None else Detokenizer(self.tokenizer, sampling.stop),
+            watch=watch,
+            meter=meter,
         )
+        if watch is not None:  # the last row of the prompt predicts the first token that is watched
+            request.cache.crop(prefill - 1)
+        return request
 
     def read(self, tokens: Sequence[int]) -> Request:
-        """A sequence whose cache holds ``tokens``, computed densely, for :meth:`start` to reuse under any policy."""
-        plain = self.using("dense")
-        sequence = plain.start(tokens, Sampling(max_tokens=1))
-        for _ in plain.run([sequence]):
+        """A request whose cache holds ``tokens``, computed densely, for :meth:`start` to reuse under any policy."""
+        request = self.start(tokens, Sampling(max_tokens=1), policy="dense", draft=Drafter())
+        for _ in self.run([request]):
             pass
-        return sequence
+        return request
 
-    def run(self, sequences: Sequence[Request]) -> Iterator[tuple[Request, str]]:
-        """Complete sequences in one batch, yielding each one's new text after every pass that it is part of.
+    def run(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Complete requests together: what each of them gains, pass by pass."""
+        session = self.session()
+        for request in requests:
+            session.admit(request)
+        return session.run()
 
-        The text is empty while the prompt is read, and always without a tokenizer. Who runs the sequences may end one
-        by setting its ``finish_reason``.
-        """
-        governor = Governor() if self.adaptive and self.drafter.name != Drafter.name else None
-        loop = Loop(self.stack, self.policy, self.drafter, self.eos, governor)
-        scheduler = Scheduler()
-        texts = {id(s): Detokenizer(self.tokenizer, s.sampling.stop) for s in sequences}
-        for sequence in sequences:
-            if sequence.sampling.stop:
-                self._tokenizer()
-            scheduler.add(sequence)
-        while batch := scheduler.schedule():
-            for sequence, tokens in loop.step(batch):
-                piece = self._advance(sequence, tokens, texts[id(sequence)]) if tokens else ""
-                yield sequence, piece
-                if sequence.finish_reason is not None:
-                    scheduler.retire(sequence)
-
-    def output(self, sequence: Request) -> Output:
-        """The result of a sequence; one that has not finished counts as cancelled."""
-        return Output(sequence.text, sequence.output, sequence.finish_reason or "cancelled", sequence.stats())
+    def output(self, request: Request) -> Output:
+        """The result of a request; one that has not finished counts as cancelled."""
+        return Output(request.text, request.output, request.finish_reason or "cancelled", request.stats())
 
     def score(self, tokens: Sequence[int], prefill: int, reuse: Request | None = None) -> Tensor:
         """Log-probability of each of ``tokens[prefill:]`` given those before it, fp32 ``[len(tokens) - prefill]``.
@@ -257,39 +300,15 @@ class Engine:
         The first ``prefill`` tokens (at least one) are computed as a prompt and the others through the decode path,
         as if they had been generated. ``reuse``: see :meth:`start`. ``meter`` is called with every sparse read.
         """
-        sequence = self.start(tokens, Sampling(), prefill=prefill, reuse=reuse)
-        loop = Loop(self.stack, self.policy, Drafter(), frozenset())
-        done = prefill
-        # The last prompt row predicts the first token, so it is computed even when it is in the cache.
-        sequence.crop(prefill - 1)
-        while done < len(tokens):
-            segment, _ = loop.plan(sequence)
-            segment.meter = meter
-            hidden = self.stack.forward([segment], self.policy)
-            first, last = done - 1 - segment.prefix, min(segment.length, len(tokens) - 1) - segment.prefix
-            if first < last:
-                yield self.stack.logits(hidden[first:last])
-                done += last - first
-            segment.cache.commit(segment.prefix, list(range(len(segment.tokens))))
-            self.policy.commit(segment, len(segment.tokens))
-
-    def _advance(self, sequence: Request, tokens: list[int], text: Detokenizer) -> str:
-        """Turn new tokens into text and look for stop strings; tokens beyond one are dropped."""
-        if self.tokenizer is None:
-            return ""
-        piece = ""
-        for count, token in enumerate(tokens, start=1):
-            piece += text.add([token])
-            if text.stopped:
-                sequence.finish_reason = "stop"
-                del sequence.tokens[len(sequence.tokens) - (len(tokens) - count) :]
-                del sequence.from_draft[len(sequence.output) :]
-                sequence.crop(len(sequence.tokens) - 1)
-                break
-        if sequence.finish_reason is not None:
-            piece += text.finish()
-        sequence.text = text.text
-        return piece
+        predicted: list[Tensor] = []
+        session = self.session()
+        session.admit(
+            self.start(tokens, draft=Drafter(), prefill=prefill, reuse=reuse, watch=predicted.append, meter=meter)
+        )
+        while session.unfinished:
+            session.step()
+            yield from predicted
+            predicted.clear()
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -337,8 +356,29 @@ def _eos(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
 
 
+def _taken_over(reuse: Request, tokens: Sequence[int], embeds: PromptEmbeds | None) -> Cache:
+    """The cache of an earlier request as far as it is what ``tokens`` need: theirs, but the last, and exact."""
+    alike = _common_prefix(reuse.tokens, tokens[:-1]) if reuse.embeds is embeds else 0
+    reuse.cache.crop(min(alike, reuse.cache.exact))
+    return reuse.cache
+
+
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i
     return min(len(a), len(b))
+
+
+def _for_each(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The options of each of ``count`` prompts: a list of policies or drafters has one for each."""
+    each: list[dict[str, Any]] = [dict(options) for _ in range(count)]
+    for name in ("policy", "draft"):
+        values = options.get(name)
+        if not isinstance(values, (list, tuple)):
+            continue
+        if len(values) != count:
+            raise SpringtideError(f"There are {len(values)} values of {name}, but {count} prompts; give one for each.")
+        for own, value in zip(each, values, strict=True):
+            own[name] = value
+    return each

@@ -3,160 +3,177 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from springtide.attention.policy import Policy
-from springtide.drafting.accept import Accepted, accept
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.tree import TokenTree
+from springtide.engine.decide import decide
 from springtide.engine.governor import Governor
-from springtide.engine.request import Request
-from springtide.model.stack import Pass, Stack
-from springtide.rows.segment import Segment
+from springtide.engine.request import Decision, Request
+from springtide.model.stack import Stack
+from springtide.rows.segment import Kind, Segment
 
 CHUNK = 1024  # prompt rows in a pass
 GIVEN_ROWS = 64  # rows in a pass that decodes tokens which are known already
 PLAIN = Drafter()
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A request's rows in a pass, and the tree to choose from when they reach its last token."""
+
+    request: Request
+    segment: Segment
+    tree: TokenTree | None = None
+
+
 @dataclass
 class Loop:
-    """Steps sequences forward under one policy and one drafter, which a ``governor`` may leave out of a pass."""
+    """Steps requests forward, each under its own policy and with its own drafter.
+
+    With a ``governor``, which makes one for each drafter, drafters are left out of passes while they do not pay.
+    """
 
     stack: Stack
-    policy: Policy
-    drafter: Drafter
     eos: frozenset[int]
-    governor: Governor | None = None
+    governor: Callable[[], Governor] | None = None
     clock: Callable[[], float] = time.perf_counter
+    _governors: dict[int, tuple[Drafter, Governor]] = field(default_factory=dict)
 
-    def step(self, running: Iterable[Request]) -> list[tuple[Request, list[int]]]:
-        """One pass over ``running``; returns the tokens that each sequence gained."""
-        sequences, began = list(running), self.clock()
-        # Typical acceptance keeps what was drafted, so that leaving out drafts would change the output.
-        governor = None if any(s.sampling.accept == "typical" for s in sequences) else self.governor
-        drafter = self.drafter if governor is None or governor.drafts(len(sequences)) else PLAIN
-        plans = [self.plan(sequence, drafter) for sequence in sequences]
-        segments = [segment for segment, _ in plans]
-        hidden = torch.split(self.forward(segments, drafter), [len(segment.tokens) for segment in segments])
-        gained = [
-            (sequence, self.commit(sequence, segment, tree, own))
-            for sequence, (segment, tree), own in zip(sequences, plans, hidden, strict=True)
-        ]
-        if governor and all(s.decoding and s.outputs == len(s.tokens) for s in segments):
-            governor.record(len(sequences), sum(len(tokens) for _, tokens in gained), self.clock() - began)
-        return gained
+    def step(self, requests: Sequence[Request]) -> list[tuple[Request, Decision]]:
+        """One pass over ``requests``; returns what each of them gained."""
+        began = self.clock()
+        plans = self.plan(requests)
+        hidden = self.stack.forward([plan.segment for plan in plans])
+        decisions = [self._finish(*each) for each in zip(plans, hidden, self._logits(plans, hidden), strict=True)]
+        self._record(plans, sum(len(decision.tokens) for decision in decisions), self.clock() - began)
+        return list(zip(requests, decisions, strict=True))
 
-    @torch.inference_mode()
-    def forward(self, segments: list[Segment], drafter: Drafter) -> Tensor:
-        """Final hidden states ``[R, hidden]`` of the rows that were planned."""
-        return drafter.forward(Pass(self.stack, segments, self.policy), self.stack.spec.num_layers)
-
-    def plan(self, sequence: Request, drafter: Drafter = PLAIN) -> tuple[Segment, TokenTree | None]:
-        """The sequence's rows in the next pass, and the tree to choose from when they reach the last token.
+    def plan(self, requests: Sequence[Request]) -> list[Plan]:
+        """The rows of each request in the next pass.
 
         A prompt is cut into chunks. A refresh runs from the first inexact token to the last one, as a prompt does.
         Tokens that were given, but are to be decoded, go one at a time where the policy's answer depends on it.
         """
-        cached, known = sequence.cache.length, len(sequence.tokens)
-        start = self.policy.resume(sequence.state, cached, sequence.prefilling)
-        if sequence.prefilling:
-            stop = min(start + CHUNK, sequence.prefill_end)
-            return self._chain(sequence, start, stop, decoding=False)
+        plans = {request: self._given(request) for request in requests}
+        decoding = [request for request, plan in plans.items() if plan is None]
+        drafted = {plan.request: plan for plan in self._drafts(decoding)}
+        return [plan or drafted[request] for request, plan in plans.items()]
+
+    def _given(self, request: Request) -> Plan | None:
+        """Rows of tokens that are known; None where the last of them alone is left, which is to be decoded."""
+        cached, known = request.cache.length, len(request.tokens)
+        start = request.policy.resume(request.cache, request.prefilling)
+        if request.prefilling:
+            return self._chain(request, "prompt", start, min(start + CHUNK, request.prefill_end))
         if start < cached:
-            return self._chain(sequence, start, cached + 1, decoding=False)
+            return self._chain(request, "refresh", start, cached + 1)
         if cached < known - 1:
-            stop = min(start + self._given_rows(sequence), known - 1)
-            return self._chain(sequence, start, stop, decoding=True)
-        tree = drafter.propose(sequence.draft, sequence.tokens).limited(self._depth(sequence))
-        segment = Segment(
-            sequence.cache,
-            start,
+            return self._chain(request, "decode", start, min(start + _given_rows(request), known - 1))
+        return None
+
+    def _chain(self, request: Request, kind: Kind, start: int, stop: int) -> Plan:
+        tokens, parents = request.tokens[start:stop], list(range(-1, stop - start - 1))
+        last = stop == len(request.tokens)
+        outputs, drafter = int(last), request.drafter if last else None
+        if request.watch is not None:
+            # The row before a token predicts it; those that a refresh computes again have done so before.
+            outputs, drafter = max(0, stop - max(start, request.cache.length, request.prefill_end - 1)), None
+        segment = request.segment(
+            kind, start, tokens, parents, outputs=outputs, drafter=drafter, device=self.stack.device
+        )
+        return Plan(request, segment, TokenTree.single(tokens[-1]) if last else None)
+
+    def _drafts(self, requests: Sequence[Request]) -> Iterator[Plan]:
+        """Trees for requests that decode; a drafter sees all that are its own at once."""
+        for drafter in {id(request.drafter): request.drafter for request in requests}.values():
+            own = [request for request in requests if request.drafter is drafter]
+            governor = self._governor(own)
+            used = drafter if governor is None or governor.drafts(len(own)) else PLAIN
+            depths = [self._depth(request) for request in own]
+            trees = used.propose([request.view(depth) for request, depth in zip(own, depths, strict=True)])
+            for request, tree, depth in zip(own, trees, depths, strict=True):
+                yield self._tree(request, tree.limited(depth), used)
+
+    def _tree(self, request: Request, tree: TokenTree, drafter: Drafter) -> Plan:
+        rows = len(tree.tokens)
+        segment = request.segment(
+            "verify" if rows > 1 else "decode",
+            request.cache.length,
             tree.tokens,
             tree.parents,
-            decoding=True,
-            state=sequence.state,
-            outputs=len(tree.tokens),
-            draft=sequence.draft,
-            embeds=sequence.embeds,
+            outputs=rows,
+            drafter=drafter,
             device=self.stack.device,
         )
-        return segment, tree
+        return Plan(request, segment, tree)
 
-    def _chain(self, sequence: Request, start: int, stop: int, *, decoding: bool) -> tuple[Segment, TokenTree | None]:
-        tokens, last = sequence.tokens[start:stop], stop == len(sequence.tokens)
-        segment = Segment.chain(
-            sequence.cache,
-            start,
-            tokens,
-            decoding=decoding,
-            state=sequence.state,
-            outputs=int(last),
-            draft=sequence.draft,
-            embeds=sequence.embeds,
-            device=self.stack.device,
-        )
-        return segment, TokenTree.single(tokens[-1]) if last else None
-
-    def _given_rows(self, sequence: Request) -> int:
-        if not self.policy.rows_independent:
-            return 1
-        headroom = self.policy.headroom(sequence.state, sequence.cache.length)
-        return GIVEN_ROWS if headroom is None else min(GIVEN_ROWS, headroom)
-
-    def _depth(self, sequence: Request) -> int:
+    def _depth(self, request: Request) -> int:
         """How deep a tree may be: no further than the next refresh, the request's end and the context limit."""
         limits = [
-            sequence.output_start + sequence.sampling.max_tokens - len(sequence.tokens),
-            self.stack.spec.context_limit - sequence.span,
+            request.sampling.max_tokens - len(request.output),
+            self.stack.spec.context_limit - request.span,
         ]
-        headroom = self.policy.headroom(sequence.state, sequence.cache.length)
+        headroom = request.policy.headroom(request.cache)
         if headroom is not None:
             limits.append(headroom)
         return max(0, min(limits) - 1)
 
-    def commit(self, sequence: Request, segment: Segment, tree: TokenTree | None, hidden: Tensor) -> list[int]:
-        """Keep the accepted rows, forget the others, and append the new tokens, which are returned."""
-        if tree is None:
-            accepted = Accepted(path=list(range(len(segment.tokens))), tokens=[])
-        else:
-            before = len(segment.tokens) - segment.outputs
-            logits = self.stack.logits(hidden[before:])
-            accepted = accept(tree, logits, sequence.sampling, sequence.tokens)
-            accepted = Accepted([*range(before), *(before + node for node in accepted.path)], accepted.tokens)
-            self.drafter.commit(segment, hidden, accepted.path)
-        segment.cache.commit(segment.prefix, accepted.path)
-        self.policy.commit(segment, len(accepted.path))
-        return self._append(sequence, segment, accepted.tokens)
+    def _logits(self, plans: Sequence[Plan], hidden: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Logits ``[outputs, V]`` of each request's rows that are asked for a token: the LM head runs once for all."""
+        asked = [plan.segment.outputs for plan in plans]
+        rows = [
+            own[len(plan.segment.tokens) - plan.segment.outputs : len(plan.segment.tokens)]
+            for plan, own in zip(plans, hidden, strict=True)
+        ]
+        joined = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return torch.split(self.stack.logits(joined) if len(joined) else joined, asked)
 
-    def _append(self, sequence: Request, segment: Segment, tokens: list[int]) -> list[int]:
-        """Append tokens up to an end of sequence or a limit; tokens cut off leave the cache too."""
-        now, limit = time.perf_counter(), self.stack.spec.context_limit
-        if tokens and sequence.output:
-            sequence.decode_bytes += segment.bytes_read
-            sequence.passes += 1
-            sequence.drafted += segment.outputs - 1
-        kept = []
-        for token in tokens:
-            kept.append(token)
-            sequence.tokens.append(token)
-            if token in self.eos and not sequence.sampling.ignore_eos:
-                sequence.finish_reason = "stop"
-            elif len(sequence.output) >= sequence.sampling.max_tokens or sequence.span >= limit:
-                sequence.finish_reason = "length"
-            if sequence.finish_reason is not None:
-                break
-        sequence.crop(len(sequence.tokens) - 1)
-        from_draft = [i < len(tokens) - 1 for i in range(len(kept))]
-        sequence.accepted += sum(from_draft)
-        sequence.from_draft += from_draft
-        if kept:
-            first = sequence.first_token is None
-            sequence.first_token = sequence.first_token or now
-            sequence.last_token = now
-            sequence.decoded += 0 if first else len(kept)
-        return kept
+    def _finish(self, plan: Plan, hidden: Tensor, logits: Tensor) -> Decision:
+        """Decide what the request gains, keep the rows that stay, and forget the others."""
+        request, segment = plan.request, plan.segment
+        before, kept = len(segment.tokens) - segment.outputs, list(range(len(segment.tokens)))
+        decision = Decision()
+        if plan.tree is not None:
+            decision = decide(request, plan.tree, logits, self.eos, self.stack.spec.context_limit)
+            kept = [*range(before), *(before + node for node in decision.path)]
+            request.drafter.commit(segment, hidden, kept)
+        request.cache.commit(segment.prefix, kept, exact=request.policy.exact(segment))
+        request.policy.commit(segment, kept)
+        request.gain(decision, segment.bytes_read, segment.outputs - 1, time.perf_counter())
+        if request.watch is not None:
+            if len(logits):
+                request.watch(logits)
+            request.finish_reason = "length" if request.cache.length == len(request.tokens) - 1 else None
+        return decision
+
+    def _governor(self, requests: Sequence[Request]) -> Governor | None:
+        """Who decides whether ``requests``, which have one drafter, are drafted for; None where they always are."""
+        drafter = requests[0].drafter
+        # Typical acceptance keeps what was drafted, so that leaving out drafts would change the output.
+        typical = any(request.sampling.accept == "typical" for request in requests)
+        if self.governor is None or typical or drafter.name == PLAIN.name:
+            return None
+        if id(drafter) not in self._governors:
+            self._governors[id(drafter)] = drafter, self.governor()
+        return self._governors[id(drafter)][1]
+
+    def _record(self, plans: Sequence[Plan], tokens: int, seconds: float) -> None:
+        """Let the governor know what a pass took, if it was made of one drafter's drafts alone."""
+        requests = [plan.request for plan in plans]
+        drafters = {id(request.drafter) for request in requests}
+        decoded = all(plan.segment.decoding and plan.segment.outputs == len(plan.segment.tokens) for plan in plans)
+        governor = self._governor(requests) if decoded and len(drafters) == 1 else None
+        if governor is not None:
+            governor.record(len(requests), tokens, seconds)
+
+
+def _given_rows(request: Request) -> int:
+    if not request.policy.rows_independent:
+        return 1
+    headroom = request.policy.headroom(request.cache)
+    return GIVEN_ROWS if headroom is None else min(GIVEN_ROWS, headroom)

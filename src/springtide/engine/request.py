@@ -1,16 +1,21 @@
-"""One sequence that is being read or written, and what it knows of itself."""
+"""One prompt that is being read and completed, and what it knows of itself."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
-from springtide.attention.policy import State
+from torch import Tensor
+
+from springtide.attention.policy import Policy, State
+from springtide.drafting.drafter import Drafter, View
+from springtide.engine.text import Detokenizer
 from springtide.rows.cache import Cache
 from springtide.rows.sampling import Sampling
-from springtide.rows.segment import PromptEmbeds
+from springtide.rows.segment import Kind, PromptEmbeds, Segment
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -37,27 +42,48 @@ class Stats:
     acceptance_length: float | None
 
 
-@dataclass
-class Request:
-    """Tokens, their cache and the policy's state: everything that is needed to go on, in one place.
+@dataclass(frozen=True)
+class Decision:
+    """What a pass gave a request: nodes of its tree that stay, and a token for each of them.
 
-    ``state`` is the policy's and ``draft`` the drafter's. ``embeds`` gives the first rows as vectors; their tokens hold
-    their places. ``tokens[:cache.length]`` are in the cache. Tokens before
-    ``prefill_end`` are computed as a prompt; later ones, and all generated ones, as decoding. ``output_start`` is where
-    the present request's output begins. Of the tokens that were ``drafted``, ``accepted`` are in the output; it took
-    ``passes`` passes after the prompt's. ``from_draft`` says of each token of the output whether it was drafted.
+    ``text`` has become final with them. ``accepted`` of the tokens, the first ones, were drafted.
+    """
+
+    path: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    accepted: int = 0
+
+
+@dataclass(eq=False)
+class Request:
+    """Tokens, how they are computed, and all that is needed to go on: cache, policy's state, drafter's state.
+
+    ``embeds`` gives the first rows as vectors; their tokens hold their places. ``tokens[:cache.length]`` are in the
+    cache. Tokens before ``prefill_end`` are computed as a prompt; later ones, and all generated ones, as decoding.
+    ``output_start`` is where the output begins. ``writer`` turns it into text. Of the tokens that were ``drafted``,
+    ``accepted`` are in the output; it took ``passes`` passes after the prompt's. ``from_draft`` says of each token of
+    the output whether it was drafted.
+
+    With a ``watch`` nothing is generated: it is called with the logits ``[n, V]`` that predict the tokens from
+    ``prefill_end`` on, n at a time, and the request ends with its tokens. ``meter`` is called with every sparse read.
     """
 
     tokens: list[int]
-    cache: Cache
-    state: State
-    draft: Any
     sampling: Sampling
+    policy: Policy
+    drafter: Drafter
+    cache: Cache
     prefill_end: int
     output_start: int
     embeds: PromptEmbeds | None = None
+    writer: Detokenizer | None = None
+    watch: Callable[[Tensor], None] | None = None
+    meter: Callable[..., None] | None = None
+    state: State = field(init=False)
+    draft: Any = field(init=False)
     finish_reason: FinishReason | None = None
-    text: str = ""
     started: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
     last_token: float | None = None
@@ -68,9 +94,19 @@ class Request:
     passes: int = 0
     from_draft: list[bool] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.state = self.policy.new_state()
+        self.draft = self.drafter.new_state()
+
     @property
     def output(self) -> list[int]:
+        """Tokens that were generated."""
         return self.tokens[self.output_start :]
+
+    @property
+    def text(self) -> str:
+        """The output's text as far as it is final; empty without a tokenizer."""
+        return "" if self.writer is None else self.writer.text
 
     @property
     def span(self) -> int:
@@ -82,21 +118,50 @@ class Request:
         """Whether prompt tokens are still to be computed."""
         return self.cache.length < self.prefill_end
 
-    def crop(self, length: int) -> None:
-        """Forget what is cached of the tokens from position ``length`` on; the tokens themselves stay."""
-        self.cache.crop(length)
-        self.state.crop(self.cache.length)
+    def view(self, depth: int) -> View:
+        """What the drafter sees when it is asked for a tree of that depth."""
+        return View(self.tokens, depth, self.draft, self.cache, self.policy, self.state)
 
-    def fork(self) -> Request:
-        """An independent sequence that goes on from the same tokens."""
-        return replace(
-            self,
-            tokens=list(self.tokens),
-            cache=self.cache.fork(),
-            state=copy(self.state),
-            draft=copy(self.draft),
-            from_draft=list(self.from_draft),
+    def segment(self, kind: Kind, start: int, tokens: list[int], parents: list[int], **options: Any) -> Segment:
+        """Rows of this request that follow its first ``start`` tokens."""
+        return Segment(
+            self.cache,
+            start,
+            tokens,
+            parents,
+            kind,
+            self.policy,
+            self.state,
+            draft=self.draft,
+            embeds=self.embeds,
+            meter=self.meter,
+            **options,
         )
+
+    def gain(self, decision: Decision, bytes_read: int, drafted: int, now: float) -> None:
+        """Append what a pass gave that read ``bytes_read`` of the cache and tried ``drafted`` tokens."""
+        if not decision.tokens:
+            return
+        if self.output:
+            self.decode_bytes += bytes_read
+            self.passes += 1
+            self.drafted += drafted
+            self.decoded += len(decision.tokens)
+        else:
+            self.first_token = now
+            self.decoded += len(decision.tokens) - 1
+        self.last_token = now
+        self.tokens += decision.tokens
+        self.accepted += decision.accepted
+        self.from_draft += [place < decision.accepted for place in range(len(decision.tokens))]
+        self.finish_reason = decision.finish_reason
+
+    def fork(self) -> Self:
+        """An independent request that goes on from the same tokens."""
+        twin = copy(self)
+        twin.tokens, twin.from_draft = list(self.tokens), list(self.from_draft)
+        twin.cache, twin.state, twin.draft = self.cache.fork(), self.state.fork(), copy(self.draft)
+        return twin
 
     def stats(self) -> Stats:
         """Figures up to now."""

@@ -1,4 +1,4 @@
-"""Which sequences' rows join the next pass."""
+"""Which requests' rows join the next pass."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from springtide.engine.request import Request
 
 
 class Scheduler:
-    """First come, first served: every decoding sequence, and the prompt of one that is still to be read.
+    """First come, first served: every decoding request, and the prompt of one that is still to be read.
 
     One prompt at a time bounds the rows of a pass, and the others keep decoding beside it.
     """
 
-    def __init__(self, max_sequences: int = 16) -> None:
-        self.max_sequences = max_sequences
+    def __init__(self, max_requests: int = 16) -> None:
+        self.max_requests = max_requests
         self.waiting: deque[Request] = deque()
         self.running: deque[Request] = deque()
 
-    def add(self, sequence: Request) -> None:
-        """Queue a sequence."""
-        self.waiting.append(sequence)
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self.waiting.append(request)
 
     def schedule(self) -> list[Request]:
-        """The sequences of the next pass; empty when all are done."""
-        while self.waiting and len(self.running) < self.max_sequences:
+        """The requests of the next pass; empty when all are done."""
+        while self.waiting and len(self.running) < self.max_requests:
             self.running.append(self.waiting.popleft())
-        prefilling = [sequence for sequence in self.running if sequence.prefilling][:1]
-        return [sequence for sequence in self.running if not sequence.prefilling] + prefilling
+        prefilling = [request for request in self.running if request.prefilling][:1]
+        return [request for request in self.running if not request.prefilling] + prefilling
 
-    def retire(self, sequence: Request) -> None:
-        """Take out a sequence that has finished."""
-        self.running.remove(sequence)
+    def retire(self, request: Request) -> None:
+        """Take out a request that has ended."""
+        (self.running if request in self.running else self.waiting).remove(request)

@@ -85,8 +85,9 @@ class Passage:
 def predict(engine: Engine, cache: Cache, rows: Branches) -> Tensor:
     """Log-probabilities ``[counted, V]`` under the engine's policy; the cache's committed rows stay as they are."""
     stack = engine.stack
-    segment = rows.segment(cache, engine.policy.new_state(cache.length), stack.device)
-    return stack.logits(stack.forward([segment], engine.policy)[rows.counted.to(stack.device)]).log_softmax(-1)
+    segment = rows.segment(cache, engine.policy, stack.device)
+    (hidden,) = stack.forward([segment])
+    return stack.logits(hidden[rows.counted.to(stack.device)]).log_softmax(-1)
 
 
 @dataclass(frozen=True)

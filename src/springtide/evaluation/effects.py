@@ -13,15 +13,15 @@ gradient of that probability instead, ``g . delta`` are the *gains*.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import one_hot, pad
 
-from springtide.attention.policy import Layer, Policy
+from springtide.attention.policy import Layer, Policy, gathered
 from springtide.attention.tidal import Tidal
 from springtide.model.stack import Pass, Stack
 from springtide.rows.cache import Cache
@@ -103,18 +103,22 @@ def _by_row(x: Tensor, rows: int) -> Tensor:
     return x.view(len(x), rows, -1, x.shape[2]).transpose(0, 1).flatten(1, 2)
 
 
-@dataclass(frozen=True)
-class Recorder(Policy):
-    """Dense attention that gradients can flow through, and that keeps what it was asked and what it answered."""
+class Recorder(Pass):
+    """A pass of one segment with dense attention that gradients can flow through.
 
-    name: ClassVar[str] = "recorder"
+    It keeps by layer what it was asked, what it answered, and what ``tidal`` would select.
+    """
 
-    tidal: Tidal = field(default_factory=Tidal)
-    queries: dict[int, tuple[Layer, Tensor]] = field(default_factory=dict, compare=False)
-    outputs: dict[int, Tensor] = field(default_factory=dict, compare=False)
-    selected: dict[int, Tensor] = field(default_factory=dict, compare=False)
+    def __init__(self, stack: Stack, segment: Segment, tidal: Tidal) -> None:
+        super().__init__(stack, [segment])
+        self.segment, self.tidal = segment, tidal
+        self.queries: dict[int, tuple[Layer, Tensor]] = {}
+        self.outputs: dict[int, Tensor] = {}
+        self.selected: dict[int, Tensor] = {}
 
-    def attend(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
+    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        segment = self.segment
+        segment.cache.write(layer.index, segment.prefix, k, v)
         keys, values = segment.cache.read(layer.index, 0, segment.length)
         mask = segment.seen(layer.window).mask
         out: Tensor = Attention.apply(  # type: ignore[no-untyped-call]
@@ -171,9 +175,10 @@ class Branches:
                     answers.append(text[place + 1])
         return cls(tokens, parents, *(torch.tensor(x) for x in (chain, counted, answers)))
 
-    def segment(self, cache: Cache, state: Any, device: torch.device) -> Segment:
+    def segment(self, cache: Cache, policy: Policy, device: torch.device) -> Segment:
         """The rows behind what ``cache`` holds, decoded."""
-        return Segment(cache, cache.length, self.tokens, self.parents, True, state, device=device)
+        state = policy.new_state()
+        return Segment(cache, cache.length, self.tokens, self.parents, "decode", policy, state, device=device)
 
     def chances(self, predicted: Tensor) -> Tensor:
         """With what probability each text is drawn at ``TEMPERATURE``: ``[texts]``, from ``predicted [counted, V]``."""
@@ -200,12 +205,11 @@ class Recording:
     @classmethod
     def of(cls, stack: Stack, cache: Cache, rows: Branches, tidal: Tidal, generator: torch.Generator) -> Recording:
         """Run ``rows`` behind what ``cache`` holds, which stays as it is; ``generator`` draws predictions."""
-        segment = rows.segment(Behind(cache), tidal.new_state(cache.length), stack.device)
-        recorder = Recorder(tidal=tidal)
+        segment = rows.segment(Behind(cache), tidal, stack.device)
+        recorder = Recorder(stack, segment, tidal)
         drawn: list[tuple[Tensor, ...]] = []
         with torch.enable_grad():
-            step = Pass(stack, [segment], recorder)
-            hidden = step.run(step.embed().clone().requires_grad_(), 0, stack.spec.num_layers)
+            hidden = recorder.run(recorder.embed().clone().requires_grad_(), 0, stack.spec.num_layers)
             predicted = stack.predict(stack.norm(hidden[rows.counted.to(stack.device)])).log_softmax(-1)
             outputs = list(recorder.outputs.values())
             probs = predicted.detach().exp().cpu()
@@ -262,6 +266,6 @@ class Recording:
         gradient = self.gradients[reading]
         if not valid:
             return torch.zeros(len(gradient), self.member.shape[1], gradient.shape[2])
-        sparse = self.recorder.tidal.sparse(layer, q, self.segment, index.contiguous())
+        sparse = gathered(layer, q, self.segment, self.recorder.tidal.sparse(layer, self.segment, index.contiguous()))
         delta = (sparse.float() - self.recorder.outputs[reading].detach().float()).reshape(gradient.shape[1:])
         return torch.einsum("srkd,rkd,rt->stk", gradient, delta, self.member).cpu()

@@ -15,6 +15,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from springtide.attention.policy import Policy
 from springtide.drafting.drafter import Drafter
 from springtide.engine.engine import Engine
+from springtide.engine.request import Request
 from springtide.errors import SpringtideError
 from springtide.loading import calibration_of, drafting, under
 from springtide.rows.sampling import Sampling
@@ -92,24 +93,25 @@ def _run(
 ) -> Tensor:
     """Complete the prompts in one batch: ids ``[batch, length]``."""
     batch, width = input_ids.shape
-    sequences = []
+    session = engine.session()
+    numbers: dict[Request, int] = {}
     for row, ids in enumerate(input_ids):
         kept = ids if mask is None else ids[mask[row].bool()]
-        sequences.append(engine.start(kept.tolist(), replace(sampling, seed=sampling.seed + row)))
+        numbers[session.add(kept.tolist(), sampling=replace(sampling, seed=sampling.seed + row))] = row
     room = min(sampling.max_tokens, engine.stack.spec.context_limit)
     rows = torch.cat([input_ids, input_ids.new_full((batch, room), padding)], dim=1)
     done = [0] * batch
-    numbers = {id(sequence): row for row, sequence in enumerate(sequences)}
-    for sequence, _ in engine.run(sequences):
-        row = numbers[id(sequence)]
-        for token in sequence.output[done[row] :]:
+    for event in session.run():
+        row = numbers[event.request]
+        for token in event.token_ids:
             done[row] += 1
             end = width + done[row]
             rows[row, end - 1] = token
             if streamer is not None:  # generate has given it the prompt already
                 streamer.put(torch.tensor([token]))
             if any(bool(criterion(rows[row : row + 1, :end], None)) for criterion in criteria):
-                sequence.finish_reason = "stop"
+                if event.finish_reason is None:
+                    session.cancel(event.request)
                 break
     if streamer is not None:
         streamer.end()

@@ -63,9 +63,8 @@ def measure(stack: Stack, policy: Policy) -> list[float]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(stack.spec.vocab_size, (context + max(ROWS),), generator=generator).tolist()
     cache, seconds = stack.new_cache(), {rows: list[float]() for rows in ROWS}
-    prompt = Segment.chain(cache, 0, tokens[:context], decoding=False, state=None, device=stack.device)
-    stack.forward([prompt], Policy())
-    cache.commit(0, list(range(context)))
+    stack.forward([Segment.chain(cache, 0, tokens[:context], "prompt", Policy(), device=stack.device)])
+    cache.commit(0, range(context), exact=True)
     for rows in tqdm(ROWS * PASSES, desc="timing passes", leave=False, disable=None, delay=2):
         start = time.perf_counter()
         _pass(stack, policy, cache, tokens[context : context + rows])
@@ -76,9 +75,9 @@ def measure(stack: Stack, policy: Policy) -> list[float]:
 def _pass(stack: Stack, policy: Policy, cache: Cache, tokens: list[int]) -> None:
     """A pass over a binary draft tree, none of which stays in the cache."""
     parents = [(row - 1) // 2 for row in range(len(tokens))]  # row 0 follows the prefix: -1
-    state = policy.new_state(exact=cache.length)
-    segment = Segment(cache, cache.length, tokens, parents, decoding=True, state=state, device=stack.device)
-    stack.logits(stack.forward([segment], policy)).argmax(-1).tolist()
+    segment = Segment(cache, cache.length, tokens, parents, "verify", policy, policy.new_state(), device=stack.device)
+    (hidden,) = stack.forward([segment])
+    stack.logits(hidden).argmax(-1).tolist()
 
 
 def lines(xs: Sequence[float], ys: Sequence[float]) -> Callable[[float], float]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
-from springtide.attention.policy import Layer, Policy
+from springtide.attention.policy import Layer, read
+from springtide.drafting.drafter import Drafter
 from springtide.errors import SpringtideError
 from springtide.kernels import native
 from springtide.model.fused import FusedLayer
@@ -77,10 +78,17 @@ class Stack:
         return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
 
     @torch.inference_mode()
-    def forward(self, segments: Sequence[Segment], policy: Policy) -> Tensor:
-        """Final hidden states ``[R, hidden]`` of all rows, whose keys and values are written to their caches."""
-        step = Pass(self, segments, policy)
-        return step.run(step.embed(), 0, self.spec.num_layers)
+    def forward(self, segments: Sequence[Segment]) -> list[Tensor]:
+        """Final hidden states ``[rows, hidden]`` of each segment, whose keys and values are written to their caches.
+
+        Those of rows that drafters added in mid-pass come after those of the rows that were planned.
+        """
+        step = Pass(self, segments)
+        hidden, start = step.embed(), 0
+        for layer, drafter, number in _growths(segments):
+            hidden = step.grow(step.run(hidden, start, layer), drafter, number)
+            start = layer
+        return step.split(step.run(hidden, start, self.spec.num_layers))
 
     def layer(self, index: int, hidden: Tensor, embeddings: Any, step: Pass) -> Tensor:
         """Output of one layer for ``hidden [R, hidden]``; ``embeddings``: what :meth:`rotary` gives for it."""
@@ -91,7 +99,7 @@ class Stack:
         cos, sin = embeddings
         q, k, v = fused.before(hidden, cos[0], sin[0])
         return fused.after(
-            hidden, attend(Layer(index, layer.self_attn.scaling, None, self.spec.windows[index]), q, k, v, step)
+            hidden, step.attend(Layer(index, layer.self_attn.scaling, None, self.spec.windows[index]), q, k, v)
         )
 
     def norm(self, hidden: Tensor) -> Tensor:
@@ -146,12 +154,11 @@ class Stack:
 
 
 class Pass:
-    """One forward pass: the rows of ``segments`` side by side, attending by ``policy``."""
+    """One forward pass: the rows of ``segments`` side by side, each attending by its own policy."""
 
-    def __init__(self, stack: Stack, segments: Sequence[Segment], policy: Policy) -> None:
+    def __init__(self, stack: Stack, segments: Sequence[Segment]) -> None:
         self.stack = stack
         self.segments = segments
-        self.policy = policy
 
     def embed(self) -> Tensor:
         """Input of layer 0, ``[R, hidden]``."""
@@ -175,23 +182,31 @@ class Pass:
                 hidden = stack.layer(index, hidden, embeddings, self)
         return hidden
 
+    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention ``[R, H, D]`` of all rows; their keys and values ``[H_kv, R, D]`` are written to the caches."""
+        outputs, start = [], 0
+        for segment in self.segments:
+            own = slice(start, start + segment.rows)
+            segment.cache.write(layer.index, segment.prefix, k[:, own], v[:, own])
+            outputs.append(read(layer, q[own], segment, segment.policy.reads(layer, q[own], segment)))
+            start = own.stop
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
     def split(self, hidden: Tensor) -> list[Tensor]:
         """Each segment's rows of ``hidden [R, hidden]``."""
         return list(torch.split(hidden, [segment.rows for segment in self.segments]))
 
-    def grow(
-        self, hidden: Tensor, parents: Sequence[Sequence[int]], origins: Sequence[Sequence[int]], rows: Tensor
-    ) -> Tensor:
-        """Add rows in mid-pass: ``hidden`` with ``rows`` (all segments' new ones) behind each segment's own.
-
-        For each segment, ``parents`` are the rows that the new ones follow, and ``origins`` those whose hidden states
-        theirs were made of, whose choice of slots a policy takes over.
-        """
-        own, new = self.split(hidden), torch.split(rows, [len(added) for added in parents])
-        for segment, added, sources in zip(self.segments, parents, origins, strict=True):
-            segment.grow(added)
-            self.policy.grown(segment, sources)
-        return torch.cat([part for pair in zip(own, new, strict=True) for part in pair])
+    def grow(self, hidden: Tensor, drafter: Drafter, number: int) -> Tensor:
+        """``hidden`` with the rows that ``drafter`` adds to its segments the ``number``-th time, behind their own."""
+        parts = self.split(hidden)
+        mine = [place for place, segment in enumerate(self.segments) if segment.drafter is drafter]
+        segments = [self.segments[place] for place in mine]
+        for place, growth in zip(mine, drafter.grow(number, segments, [parts[place] for place in mine]), strict=True):
+            segment = self.segments[place]
+            segment.grow(growth.parents)
+            segment.policy.grown(segment, growth.origins)
+            parts[place] = torch.cat([parts[place], growth.rows])
+        return torch.cat(parts)
 
 
 def _given(segment: Segment, hidden: Tensor) -> Tensor:
@@ -217,21 +232,17 @@ def attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls in place of its own attention: ``query [1, H, R, D]``, ``key, value [1, H_kv, R, D]``.
 
-    Writes each segment's keys and values to its cache and lets the policy attend; returns ``[1, R, H, D]``.
+    Returns ``[1, R, H, D]``, see :meth:`Pass.attend`.
     """
     layer = Layer(module.layer_idx, scaling, softcap, sliding_window)
-    return attend(layer, query[0].transpose(0, 1), key[0], value[0], springtide)[None], None
+    return springtide.attend(layer, query[0].transpose(0, 1), key[0], value[0])[None], None
 
 
-def attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Tensor:
-    """Attention ``[R, H, D]`` of a pass; its keys and values ``[H_kv, R, D]`` are written to the caches first."""
-    outputs, start = [], 0
-    for segment in step.segments:
-        stop = start + segment.rows
-        segment.cache.write(layer.index, segment.prefix, k[:, start:stop], v[:, start:stop])
-        outputs.append(step.policy.attend(layer, q[start:stop], segment))
-        start = stop
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+def _growths(segments: Sequence[Segment]) -> list[tuple[int, Drafter, int]]:
+    """Where rows are added in mid-pass, in order: before which layer, by which drafter, and its how manieth time."""
+    drafters = {id(segment.drafter): segment.drafter for segment in segments if segment.drafter is not None}
+    found = [(layer, drafter, n) for drafter in drafters.values() for n, layer in enumerate(drafter.grows)]
+    return sorted(found, key=lambda growth: growth[0])
 
 
 def scaled(logits: Tensor, config: PreTrainedConfig) -> Tensor:

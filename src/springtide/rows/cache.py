@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,13 @@ class Cache:
     Slot ``i < length`` holds the sequence's token ``i``. A pass writes its rows at the slots that follow its prefix;
     they count only once :meth:`commit` says so, and the next pass overwrites what was not committed. Writing below
     ``length`` refreshes tokens in place. Head counts and dtype are taken from the first tensors written.
+
+    ``exact`` counts the leading tokens whose rows are as a dense pass would have written them.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.length = 0
+        self.exact = 0
         self._buffers: list[Tensor | None] = [None] * num_layers
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
@@ -37,10 +42,11 @@ class Cache:
         return buffer[0, :, start:stop], buffer[1, :, start:stop]
 
     @torch.inference_mode()
-    def commit(self, start: int, kept: list[int]) -> None:
+    def commit(self, start: int, kept: Sequence[int], *, exact: bool) -> None:
         """Keep rows ``kept`` (ascending) of those written from slot ``start`` on, closing the gaps between them.
 
-        ``length`` becomes at least ``start + len(kept)``: a refresh below it leaves it as it is.
+        ``length`` becomes at least ``start + len(kept)``: a refresh below it leaves it as it is. ``exact``: the rows
+        attended to all that they could see; they are as a dense pass writes them if all before them are.
         """
         stay = next((i for i, row in enumerate(kept) if i != row), len(kept))  # rows without a gap before them
         moved = [start + row for row in kept[stay:]]
@@ -49,16 +55,21 @@ class Cache:
             source = torch.tensor(moved, device=buffers[0].device)
             for buffer in buffers:
                 buffer[:, :, start + stay : start + len(kept)] = buffer.index_select(2, source)
+        if exact and start <= self.exact:
+            self.exact = max(self.exact, start + len(kept))
+        elif not exact:
+            self.exact = min(self.exact, start)
         self.length = max(self.length, start + len(kept))
 
     def crop(self, length: int) -> None:
         """Forget the tokens from position ``length`` on."""
         self.length = min(self.length, length)
+        self.exact = min(self.exact, length)
 
     def fork(self) -> Cache:
         """An independent copy of the committed tokens."""
         twin = Cache(self.layers)
-        twin.length = self.length
+        twin.length, twin.exact = self.length, self.exact
         for layer, buffer in enumerate(self._buffers):
             if buffer is not None:
                 twin.write(layer, 0, *self.read(layer, 0, self.length))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from springtide.kernels.visible import Visible
 from springtide.rows.cache import Cache
 
 PREFIX = -1  # the parent of a row that follows the prefix directly
+
+Kind = Literal["prompt", "decode", "verify", "refresh"]
+"""What rows are: of a prompt, tokens that are decoded one after the other, a draft, or written anew as a prompt's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +51,14 @@ class PromptEmbeds:
 
 @dataclass
 class Segment:
-    """Rows of one sequence.
+    """Rows of one sequence, and how they are computed.
 
     Every row sees the ``prefix`` first tokens of the cache, its ancestors among the rows, and itself. Row ``i`` is
-    written to slot ``prefix + i`` of the cache. ``decoding`` is false for rows of a prompt or a refresh: a policy that
-    approximates decoding alone computes those densely. ``outputs`` of the rows, the last ones, are asked for the token
-    that follows. ``state`` is the policy's own and ``draft`` the drafter's, one per sequence. ``bytes_read`` counts
-    what the policy reads of the cache; ``meter``, if any, is called with every sparse read.
+    written to slot ``prefix + i`` of the cache. ``outputs`` of the rows, the last ones, are asked for the token that
+    follows. ``policy`` (:class:`springtide.attention.policy.Policy`) says what the rows read, and ``drafter``
+    (:class:`springtide.drafting.drafter.Drafter`), if any, adds rows in mid-pass; ``state`` and ``draft`` are what they
+    remember of the sequence. ``bytes_read`` counts what is read of the cache; ``meter``, if any, is called with every
+    sparse read.
 
     The rows are those of ``tokens`` first, then those that :meth:`grow` added, which stand for no token. ``embeds`` may
     give the first rows of the sequence as vectors; their tokens then only hold their places.
@@ -64,9 +68,11 @@ class Segment:
     prefix: int
     tokens: list[int]
     parents: list[int]
-    decoding: bool
-    state: Any
+    kind: Kind
+    policy: Any
+    state: Any = None
     outputs: int = 0
+    drafter: Any = None
     draft: Any = None
     embeds: PromptEmbeds | None = None
     bytes_read: int = 0
@@ -86,17 +92,22 @@ class Segment:
 
     @classmethod
     def chain(
-        cls, cache: Cache, prefix: int, tokens: Sequence[int], *, decoding: bool, state: Any, **options: Any
+        cls, cache: Cache, prefix: int, tokens: Sequence[int], kind: Kind, policy: Any, **options: Any
     ) -> Segment:
         """Rows that follow one another."""
         parents = list(range(-1, len(tokens) - 1))
-        return cls(cache, prefix, list(tokens), parents, decoding, state, **options)
+        return cls(cache, prefix, list(tokens), parents, kind, policy, **options)
 
     def grow(self, parents: Sequence[int]) -> None:
         """Add rows below ``parents``; no row that is there already sees them."""
         self.parents = [*self.parents, *parents]
         self._descend()
         self._seen.clear()
+
+    @property
+    def decoding(self) -> bool:
+        """Whether a policy that approximates decoding alone may do so here."""
+        return self.kind in ("decode", "verify")
 
     @property
     def rows(self) -> int:

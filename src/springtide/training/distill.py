@@ -17,9 +17,7 @@ from tqdm import tqdm
 
 from springtide import facts
 from springtide.engine.engine import Engine
-from springtide.engine.loop import Loop
 from springtide.engine.request import Request
-from springtide.engine.scheduler import Scheduler
 from springtide.errors import SpringtideError
 from springtide.rows.sampling import Sampling
 from springtide.training.running import cannot_write
@@ -115,24 +113,23 @@ def distill(prompts: Prompts, out: Path, count: int, sampling: Sampling, batch: 
     Raises SpringtideError for a file whose lines are of other prompts, and when it cannot be written.
     """
     engine = prompts.engine
-    loop, scheduler = Loop(engine.stack, engine.policy, engine.drafter, engine.eos), Scheduler(batch)
+    session = engine.session(batch)
     written = started = _lines_of(out, prompts)
     lines: dict[int, str] = {}  # finished, but not written yet
-    running: dict[int, Request] = {}
+    running: dict[Request, int] = {}
     gained, began = 0, time.perf_counter()
     try:
         with out.open("a", encoding="utf-8") as file, _bar(count, written) as bar:
             while written < count:
                 while len(running) < batch and started < count:
                     own = replace(sampling, seed=hash((sampling.seed, started)))
-                    running[started] = engine.start(prompts[started], own)
-                    scheduler.add(running[started])
+                    running[session.add(prompts[started], sampling=own)] = started
                     started += 1
-                gained += sum(len(tokens) for _, tokens in loop.step(scheduler.schedule()))
-                for number, text in list(running.items()):
-                    if text.finish_reason is not None:
-                        scheduler.retire(running.pop(number))
-                        lines[number] = json.dumps({"tokens": text.tokens, "prompt": text.output_start})
+                for event in session.step():
+                    text = event.request
+                    gained += len(event.token_ids)
+                    if event.finish_reason is not None:
+                        lines[running.pop(text)] = json.dumps({"tokens": text.tokens, "prompt": text.output_start})
                 while written in lines:
                     file.write(lines.pop(written) + "\n")
                     file.flush()

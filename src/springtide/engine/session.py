@@ -1,0 +1,77 @@
+"""Requests that come and go, and share passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from springtide.engine.loop import Loop
+from springtide.engine.request import FinishReason, Request
+from springtide.engine.scheduler import Scheduler
+from springtide.errors import SpringtideError
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a pass gave a request: ``token_ids`` and the ``text`` that has become final with them.
+
+    Both are empty while its prompt is read. ``finish_reason`` is set in its last event.
+    """
+
+    request: Request
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+
+
+class Session:
+    """Requests of one engine that share passes, each with its own policy, drafter, sampling and limits.
+
+    ``step`` runs one pass for all of them. A session belongs to one thread; an engine may have many sessions.
+    """
+
+    def __init__(self, loop: Loop, start: Callable[..., Request], max_requests: int) -> None:
+        self._loop, self._start = loop, start
+        self._scheduler = Scheduler(max_requests)
+
+    def add(self, prompt: str | Sequence[int], **options: Any) -> Request:
+        """Queue a prompt (text or token ids), with the options of :meth:`springtide.Engine.start`."""
+        return self.admit(self._start(prompt, **options))
+
+    def admit(self, request: Request) -> Request:
+        """Queue a request that the engine has started."""
+        self._scheduler.add(request)
+        return request
+
+    def step(self) -> list[Event]:
+        """One pass: an event for each request that was part of it; none if there is nothing to do."""
+        batch = self._scheduler.schedule()
+        if not batch:
+            return []
+        events = []
+        for request, decision in self._loop.step(batch):
+            events.append(Event(request, decision.text, decision.tokens, request.finish_reason))
+            if request.finish_reason is not None:
+                self._scheduler.retire(request)
+        return events
+
+    def run(self) -> Iterator[Event]:
+        """Step until every request has ended."""
+        while self.unfinished:
+            yield from self.step()
+
+    def cancel(self, request: Request) -> None:
+        """End a request at once: it gains no more tokens.
+
+        Raises SpringtideError for one that has ended already or is not of this session.
+        """
+        if request not in self.unfinished:
+            raise SpringtideError("The request has ended already, or is not of this session; cancel one that runs.")
+        request.finish_reason = "cancelled"
+        self._scheduler.retire(request)
+
+    @property
+    def unfinished(self) -> list[Request]:
+        """Requests that run or wait, in the order in which they came."""
+        return [*self._scheduler.running, *self._scheduler.waiting]
