@@ -39,6 +39,23 @@ def test_chat_keeps_the_cache_between_turns(run, folder, reads):
     assert reads[1] >= len(engine.render(messages[:1]))
 
 
+def test_sampling_options_reach_the_engine(run, folder):
+    options = {"temperature": 0.9, "top_p": 0.8, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 7}
+    arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    question = [{"role": "user", "content": "Who is it?"}]
+    text = springtide.load(folder).chat(question, max_tokens=12, **options).text
+    base = ["chat", "--model", folder, "--max-tokens", 12, *arguments]
+    assert run(*base, stdin="Who is it?").out == text + "\n"
+    stopped = run(*base, "--stop", "never there", "--stop", text[4:6], stdin="Who is it?")
+    assert (stopped.code, stopped.out) == (0, text[: text.index(text[4:6])] + "\n")
+
+
+def test_stats_of_each_answer(run, folder):
+    result = run("chat", "--model", folder, "--max-tokens", 4, "--stats", stdin="Who is it?\nAnd why?\n")
+    assert result.err.count("4 generated") == result.err.count("tokens/s") == result.err.count("\n") == 2
+    assert "tokens/s" not in result.out
+
+
 def test_reset_starts_anew_with_the_system_message(run, folder, reads, tmp_path):
     (tmp_path / "system.txt").write_text("Be brief.")
     arguments = ["--model", folder, "--max-tokens", 5, "--system", f"@{tmp_path / 'system.txt'}"]

@@ -101,6 +101,8 @@ def test_drafters_that_are_not_there(run, folder, draft, message):
         (["eval", "recall", "--plot", "no/such/folder/out.png"], "there is no folder 'no/such/folder'"),
         (["demo", "--json", "no/such/folder/out.json"], "there is no folder 'no/such/folder'"),
         (["generate", "Hi", "--accept", "typical"], "typical acceptance needs a temperature above 0"),
+        (["chat", "--top-k", -1], "top_k must be 0 (off) or more"),
+        (["chat", "--stop", ""], "a stop string must not be empty"),
         (["chat", "--accept", "typical"], "typical acceptance needs a temperature above 0"),
         (["eval", "drafts", "--draft", ","], "--draft names no drafter"),
         (["eval", "drafts", "--draft", "nosuch"], "There is no drafter 'nosuch'"),

@@ -15,16 +15,21 @@ from springtide.cli.inputs import (
     Draft,
     Dtype,
     MaxTokens,
+    MinP,
     Model,
+    Penalty,
     PolicyText,
     Seed,
+    Stats,
+    Stop,
     Temperature,
+    TopK,
     TopP,
     load_engine,
     read_file,
     read_policy,
 )
-from springtide.cli.show import print_pieces
+from springtide.cli.show import print_pieces, stats_line
 from springtide.errors import SpringtideError
 
 
@@ -36,16 +41,23 @@ def chat(
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
+    stop: Stop = None,
     draft: Draft = None,
     accept: Accept = "exact",
+    stats: Stats = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Talk with the model; the cache is kept between turns. /reset starts anew, /exit or Ctrl-D ends."""
     from springtide.rows.sampling import Sampling
 
-    sampling = Sampling(max_tokens, temperature, top_p, seed=seed, accept=accept)
+    sampling = Sampling(
+        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ()), accept=accept
+    )
     chosen = read_policy(policy, budget)
     if system and system.startswith("@"):
         system = read_file(Path(system[1:]))
@@ -67,10 +79,12 @@ def chat(
             print(f"springtide: {error}", file=sys.stderr)
             continue
         try:
-            print_pieces(engine, sequence)
+            print_pieces(engine, sequence, coloured=stats)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
         print(flush=True)
+        if stats:
+            print(stats_line(sequence.stats()), file=sys.stderr)
         messages += [{"role": "user", "content": line}, {"role": "assistant", "content": sequence.text}]
 
 

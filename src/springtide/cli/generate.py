@@ -21,6 +21,7 @@ from springtide.cli.inputs import (
     Penalty,
     PolicyText,
     Seed,
+    Stats,
     Stop,
     Temperature,
     TopK,
@@ -49,12 +50,7 @@ def generate(
     stop: Stop = None,
     draft: Draft = None,
     accept: Accept = "exact",
-    stats: Annotated[
-        bool,
-        typer.Option(
-            "--stats", help="Print timing and traffic to standard error; on a terminal drafted text is green."
-        ),
-    ] = False,
+    stats: Stats = False,
     json_file: Json = None,
     device: Device = None,
     dtype: Dtype = None,

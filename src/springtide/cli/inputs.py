@@ -45,6 +45,10 @@ MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the m
 Penalty = Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")]
+Stats = Annotated[
+    bool,
+    typer.Option("--stats", help="Print timing and traffic to standard error; on a terminal drafted text is green."),
+]
 Chat = Annotated[
     bool | None,
     typer.Option(help="Ask in the model's chat template (default: if it has one, but for pocket models)."),
