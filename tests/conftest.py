@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
 import pytest
+
+from folders import save_model
+from springtide import cli
 
 NUMBERS = count()
 
@@ -26,3 +33,48 @@ def calibrations(cache, monkeypatch):
     folder = cache / f"calibrations-{next(NUMBERS)}"
     monkeypatch.setattr("springtide.loading.CALIBRATIONS", folder)
     return folder
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    def refused(self, *parts: str) -> Result:
+        """It ended with code 2, and one line on standard error that holds every one of ``parts``."""
+        assert self.code == 2
+        assert self.out == ""
+        assert self.err.startswith("springtide: ") and self.err.endswith(".\n") and self.err.count("\n") == 1
+        assert all(part in self.err for part in parts), self.err
+        return self
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Run:
+    """Run the command line; ``stdin`` is text or bytes, None for a terminal at which nobody types."""
+
+    def run(*arguments: object, stdin: str | bytes | None = None) -> Result:
+        raw = stdin.encode() if isinstance(stdin, str) else stdin or b""
+        typed = io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8")
+        monkeypatch.setattr(typed, "isatty", lambda: stdin is None, raising=False)
+        monkeypatch.setattr("sys.stdin", typed)
+        monkeypatch.setattr("sys.argv", ["springtide", *map(str, arguments)])
+        capsys.readouterr()
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        assert isinstance(code, int)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))

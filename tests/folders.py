@@ -24,6 +24,7 @@ from tiny import tiny
 
 VOCAB = 400
 BOOK = (resources.files("springtide") / "data" / "excerpt.txt").read_text(encoding="utf-8")[:20000]
+PROMPT = "The ship left the harbour"
 
 
 @cache

@@ -89,6 +89,13 @@ def test_nothing_below_the_command_line_imports_it():
     assert "springtide.cli" not in GRAPH["springtide"]
 
 
+def test_verbs_do_not_know_one_another():
+    verbs = [name.removeprefix("springtide.") for name in FILES if within(name, "cli") and name != "springtide.cli"]
+    shared = {"springtide.cli.inputs", "springtide.cli.show"}
+    known = {other for verb in verbs for other in GRAPH[f"springtide.{verb}"] if within(other, "cli")}
+    assert known == shared
+
+
 def test_decoding_knows_nothing_of_what_is_built_on_it():
     assert (
         wrong(

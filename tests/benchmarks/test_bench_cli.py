@@ -100,7 +100,7 @@ def test_rows(run, tmp_path, monkeypatch):
 )
 def test_mistakes_are_found_before_a_model_is_loaded(run, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("springtide.cli._load", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr("springtide.loading.load", lambda *_, **__: pytest.fail("loaded a model"))
     monkeypatch.setattr(peers.LlamaCpp, "packages", {"no_such_module": "llama-cpp-python", "gguf": "gguf"})
     run("bench", *arguments).refused(message)
     assert os.listdir(tmp_path) == []

@@ -239,12 +239,12 @@ class Tunable(Guesser):
     def tuned(self, cost):
         return Tunable(cost(3))
 
-    def propose(self, state, tokens):
-        return TokenTree([tokens[-1], 0], [-1, 0])
+    def propose(self, views):
+        return [TokenTree([view.tokens[-1], 0], [-1, 0]) for view in views]
 
 
 def test_contenders_of_every_policy(engine, monkeypatch):
-    monkeypatch.setattr("springtide.loading.find_drafter", lambda name, folder: Tunable())
+    monkeypatch.setattr("springtide.engine.engine.find_drafter", lambda name, folder: Tunable())
     policies = [engine.resolve("dense"), engine.resolve("streaming:budget=32")]
     found = evaluation.contenders(engine, {}, ["lookup"], policies, adaptive=False)
     assert [contender.engine.policy for contender in found] == policies

@@ -1,0 +1,104 @@
+"""The command line. Each verb is in a file of its name; heavy imports are inside the verbs, so that help is instant."""
+
+from __future__ import annotations
+
+import io
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from springtide.cli import bench, calibrate, chat, convert, demo, distill, env, evaluate, generate, policies, see, sweep
+from springtide.cli.train import drafters, pocket, vision
+from springtide.errors import SpringtideError
+
+Verbs = dict[str, Callable[..., None]]
+
+VERBS: Verbs = {
+    "generate": generate.generate,
+    "chat": chat.chat,
+    "demo": demo.demo,
+    "calibrate": calibrate.calibrate,
+    "see": see.see,
+    "distill": distill.distill,
+    "policies": policies.policies,
+    "env": env.env,
+}
+
+GROUPS: dict[str, tuple[str, Verbs]] = {
+    "train": (
+        "Train models and drafters.",
+        {
+            "pocket": pocket.pocket,
+            "medusa": drafters.medusa,
+            "medusa2": drafters.medusa2,
+            "hidden-transfer": drafters.hidden_transfer,
+            "dependency-vit": vision.dependency_vit,
+            "captioner": vision.captioner,
+        },
+    ),
+    "eval": (
+        "Measure quality.",
+        {
+            "needle": evaluate.needle,
+            "ppl": evaluate.ppl,
+            "recall": evaluate.recall,
+            "drafts": evaluate.drafts,
+            "captioner": evaluate.captioner,
+            "dependency-vit": evaluate.dependency_vit,
+        },
+    ),
+    "bench": (
+        "Measure speed.",
+        {"decode": bench.decode, "prefill": bench.prefill, "rows": bench.rows, "kernels": bench.kernels},
+    ),
+    "convert": ("Convert drafters from and to other projects' layouts.", {"medusa": convert.medusa}),
+    "sweep": (
+        "Find good settings for a drafter, before training it.",
+        {"hidden-transfer": sweep.hidden_transfer},
+    ),
+}
+
+
+def _typer(verbs: Verbs, purpose: str) -> typer.Typer:
+    made = typer.Typer(no_args_is_help=True, add_completion=False, help=purpose)
+    for name, verb in verbs.items():
+        made.command(name)(verb)
+    return made
+
+
+app = _typer(VERBS, "Fast long-context decoding of Hugging Face models.")
+for group, (purpose, verbs) in GROUPS.items():
+    app.add_typer(_typer(verbs, purpose), name=group)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from springtide import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What may be said before a verb."""
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one sentence on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # for a terminal that cannot show every character
+    warnings.showwarning = lambda message, *_: print(f"springtide: {message}", file=sys.stderr)
+    try:
+        app()
+    except SpringtideError as error:
+        print(f"springtide: {error}", file=sys.stderr)
+        sys.exit(2)

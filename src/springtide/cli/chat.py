@@ -1,0 +1,97 @@
+"""``springtide chat``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from springtide.cli.inputs import (
+    Accept,
+    Budget,
+    Device,
+    Draft,
+    Dtype,
+    MaxTokens,
+    MinP,
+    Model,
+    Penalty,
+    PolicyText,
+    Seed,
+    Stats,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    load_engine,
+    read_file,
+    read_policy,
+)
+from springtide.cli.show import print_pieces, stats_line
+from springtide.errors import SpringtideError
+
+
+def chat(
+    model: Model = "pocket",
+    system: Annotated[str | None, typer.Option(help="System message, or '@FILE' to read it from a file.")] = None,
+    policy: PolicyText = "dense",
+    budget: Budget = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    draft: Draft = None,
+    accept: Accept = "exact",
+    stats: Stats = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Talk with the model; the cache is kept between turns. /reset starts anew, /exit or Ctrl-D ends."""
+    from springtide.rows.sampling import Sampling
+
+    sampling = Sampling(
+        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ()), accept=accept
+    )
+    chosen = read_policy(policy, budget)
+    if system and system.startswith("@"):
+        system = read_file(Path(system[1:]))
+    opening = [{"role": "system", "content": system}] if system else []
+    engine = load_engine(model, device, dtype, policy=chosen, draft=draft)
+    engine.render([*opening, {"role": "user", "content": "Hello"}])  # does the model chat at all?
+    messages, sequence = list(opening), None
+    while (line := _ask_user()) not in (None, "/exit"):
+        if line == "/reset":
+            messages, sequence = list(opening), None
+        if not line or line == "/reset":
+            continue
+        try:
+            tokens = engine.render([*messages, {"role": "user", "content": line}])
+            sequence = engine.start(tokens, sampling, reuse=sequence)
+        except SpringtideError as error:
+            if not sys.stdin.isatty():
+                raise
+            print(f"springtide: {error}", file=sys.stderr)
+            continue
+        try:
+            print_pieces(engine, sequence, coloured=stats)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        print(flush=True)
+        if stats:
+            print(stats_line(sequence.stats()), file=sys.stderr)
+        messages += [{"role": "user", "content": line}, {"role": "assistant", "content": sequence.text}]
+
+
+def _ask_user() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return None
+    except UnicodeDecodeError:
+        raise SpringtideError("Standard input is not UTF-8 text; convert it first.") from None
