@@ -15,7 +15,6 @@ from springtide.benchmarks.contenders import PAUSE, Fill, dtype_name, filled, ra
 from springtide.engine.engine import Engine
 from springtide.engine.request import Request
 from springtide.evaluation.report import labels
-from springtide.rows.segment import Segment
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,5 @@ def rows(
 
 
 def _pass(engine: Engine, policy: Policy, reader: Request, count: int) -> None:
-    tokens, state = random_prompt(engine, count), policy.new_state()
-    segment = Segment.chain(
-        reader.cache, reader.cache.length, tokens, "decode", policy, state=state, device=engine.stack.device
-    )
-    (hidden,) = engine.stack.forward([segment])
-    engine.stack.logits(hidden).argmax(-1).tolist()
+    tokens, chain = random_prompt(engine, count), range(-1, count - 1)
+    engine.stack.peek(reader.cache, policy, tokens, chain).argmax(-1).tolist()

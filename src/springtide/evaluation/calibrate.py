@@ -84,10 +84,7 @@ class Passage:
 
 def predict(engine: Engine, cache: Cache, rows: Branches) -> Tensor:
     """Log-probabilities ``[counted, V]`` under the engine's policy; the cache's committed rows stay as they are."""
-    stack = engine.stack
-    segment = rows.segment(cache, engine.policy, stack.device)
-    (hidden,) = stack.forward([segment])
-    return stack.logits(hidden[rows.counted.to(stack.device)]).log_softmax(-1)
+    return engine.stack.peek(cache, engine.policy, rows.tokens, rows.parents, rows.counted).log_softmax(-1)
 
 
 @dataclass(frozen=True)

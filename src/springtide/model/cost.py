@@ -19,8 +19,6 @@ import springtide
 from springtide.attention.policy import Policy
 from springtide.kernels import native
 from springtide.model.stack import Stack
-from springtide.rows.cache import Cache
-from springtide.rows.segment import Segment
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 384  # tokens in the cache
@@ -62,22 +60,13 @@ def measure(stack: Stack, policy: Policy) -> list[float]:
     context = max(1, min(CONTEXT, stack.spec.context_limit - max(ROWS)))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(stack.spec.vocab_size, (context + max(ROWS),), generator=generator).tolist()
-    cache, seconds = stack.new_cache(), {rows: list[float]() for rows in ROWS}
-    stack.forward([Segment.chain(cache, 0, tokens[:context], "prompt", Policy(), device=stack.device)])
-    cache.commit(0, range(context), exact=True)
+    cache, seconds = stack.read(tokens[:context]), {rows: list[float]() for rows in ROWS}
     for rows in tqdm(ROWS * PASSES, desc="timing passes", leave=False, disable=None, delay=2):
+        parents = [(row - 1) // 2 for row in range(rows)]  # a binary tree; row 0 follows the prefix: -1
         start = time.perf_counter()
-        _pass(stack, policy, cache, tokens[context : context + rows])
+        stack.peek(cache, policy, tokens[context : context + rows], parents).argmax(-1).tolist()
         seconds[rows].append(time.perf_counter() - start)
     return list(accumulate((1e3 * min(seconds[rows]) for rows in ROWS), max))  # more rows never cost less
-
-
-def _pass(stack: Stack, policy: Policy, cache: Cache, tokens: list[int]) -> None:
-    """A pass over a binary draft tree, none of which stays in the cache."""
-    parents = [(row - 1) // 2 for row in range(len(tokens))]  # row 0 follows the prefix: -1
-    segment = Segment(cache, cache.length, tokens, parents, "verify", policy, policy.new_state(), device=stack.device)
-    (hidden,) = stack.forward([segment])
-    stack.logits(hidden).argmax(-1).tolist()
 
 
 def lines(xs: Sequence[float], ys: Sequence[float]) -> Callable[[float], float]:

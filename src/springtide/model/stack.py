@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
-from springtide.attention.policy import Layer, read
+from springtide.attention.policy import Layer, Policy, read
 from springtide.drafting.drafter import Drafter
 from springtide.errors import SpringtideError
 from springtide.kernels import native
@@ -89,6 +89,25 @@ class Stack:
             hidden = step.grow(step.run(hidden, start, layer), drafter, number)
             start = layer
         return step.split(step.run(hidden, start, self.spec.num_layers))
+
+    def peek(
+        self, cache: Cache, policy: Policy, tokens: Sequence[int], parents: Sequence[int], asked: Tensor | None = None
+    ) -> Tensor:
+        """Logits ``[n, V]`` at decoded rows behind what ``cache`` holds, none of which stays there.
+
+        ``parents`` are those of the rows, as in :class:`springtide.rows.segment.Segment`; ``asked`` the rows that
+        logits are wanted of, int64 (default: all).
+        """
+        state, rows = policy.new_state(), (list(tokens), list(parents))
+        (hidden,) = self.forward([Segment(cache, cache.length, *rows, "decode", policy, state, device=self.device)])
+        return self.logits(hidden if asked is None else hidden[asked.to(self.device)])
+
+    def read(self, tokens: Sequence[int]) -> Cache:
+        """A cache that holds ``tokens``, computed densely in one pass."""
+        cache = self.new_cache()
+        self.forward([Segment.chain(cache, 0, tokens, "prompt", Policy(), device=self.device)])
+        cache.commit(0, range(len(tokens)), exact=True)
+        return cache
 
     def layer(self, index: int, hidden: Tensor, embeddings: Any, step: Pass) -> Tensor:
         """Output of one layer for ``hidden [R, hidden]``; ``embeddings``: what :meth:`rotary` gives for it."""
