@@ -20,6 +20,7 @@ FIELDS = {
     "token_ids": list,
     "finish_reason": str,
     "prompt_tokens": int,
+    "cached_tokens": int,
     "completion_tokens": int,
     "ttft_ms": float,
     "tpot_ms": float,

@@ -24,13 +24,15 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class Stats:
     """Figures of one request.
 
-    ``ttft_ms``: from the request to its first token. ``tpot_ms``: mean time of a token after the first, None if there
-    is none. ``kv_bytes_per_token``: mean bytes of the KV cache read for a token after the prompt, None likewise.
-    ``passes``: of the model, after the prompt's. ``drafted_tokens`` were tried in them, ``accepted_tokens`` kept.
-    ``acceptance_length``: mean tokens that such a pass gave, its own one counted; None if there was none.
+    ``cached_tokens`` of the prompt were not computed: another request had done so. ``ttft_ms``: from the request to its
+    first token. ``tpot_ms``: mean time of a token after the first, None if there is none. ``kv_bytes_per_token``: mean
+    bytes of the KV cache read for a token after the prompt, None likewise. ``passes``: of the model, after the
+    prompt's. ``drafted_tokens`` were tried in them, ``accepted_tokens`` kept. ``acceptance_length``: mean tokens that
+    such a pass gave, its own one counted; None if there was none.
     """
 
     prompt_tokens: int
+    cached_tokens: int
     completion_tokens: int
     ttft_ms: float
     tpot_ms: float | None
@@ -62,7 +64,8 @@ class Request:
 
     ``embeds`` gives the first rows as vectors; their tokens hold their places. ``tokens[:cache.length]`` are in the
     cache. Tokens before ``prefill_end`` are computed as a prompt; later ones, and all generated ones, as decoding.
-    ``output_start`` is where the output begins. ``writer`` turns it into text. Of the tokens that were ``drafted``,
+    The rows of the first ``lent`` were another request's. ``output_start`` is where the output begins. ``writer`` turns
+    it into text. Of the tokens that were ``drafted``,
     ``accepted`` are in the output; it took ``passes`` passes after the prompt's. ``from_draft`` says of each token of
     the output whether it was drafted.
 
@@ -83,6 +86,7 @@ class Request:
     meter: Callable[..., None] | None = None
     state: State = field(init=False)
     draft: Any = field(init=False)
+    lent: int = 0
     finish_reason: FinishReason | None = None
     started: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
@@ -112,6 +116,11 @@ class Request:
     def span(self) -> int:
         """Positions that the tokens take."""
         return len(self.tokens) + (0 if self.embeds is None else self.embeds.gaps)
+
+    @property
+    def shareable(self) -> int:
+        """How many of its first tokens may come from another request: what comes after is to be computed here."""
+        return min(len(self.tokens) - 1, self.prefill_end - (self.watch is not None))
 
     @property
     def prefilling(self) -> bool:
@@ -163,6 +172,11 @@ class Request:
         twin.cache, twin.state, twin.draft = self.cache.fork(), self.state.fork(), copy(self.draft)
         return twin
 
+    def release(self) -> None:
+        """Give up cache and states; tokens and figures stay."""
+        self.cache = self.cache.fork(0)
+        self.state, self.draft = self.policy.new_state(), None
+
     def stats(self) -> Stats:
         """Figures up to now."""
         count = len(self.output)
@@ -170,6 +184,7 @@ class Request:
         tpot = (last - first) / (count - 1) if count > 1 else None
         return Stats(
             prompt_tokens=self.output_start,
+            cached_tokens=self.lent,
             completion_tokens=count,
             ttft_ms=1e3 * (first - self.started),
             tpot_ms=None if tpot is None else 1e3 * tpot,

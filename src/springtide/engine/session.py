@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from springtide.engine.loop import Loop
+from springtide.engine.memory import Memory
 from springtide.engine.request import FinishReason, Request
 from springtide.engine.scheduler import Scheduler
 from springtide.errors import SpringtideError
@@ -34,13 +35,17 @@ class Session:
     def __init__(self, loop: Loop, start: Callable[..., Request], max_requests: int) -> None:
         self._loop, self._start = loop, start
         self._scheduler = Scheduler(max_requests)
+        self._memory = Memory()
+        self._own: set[Request] = set()  # requests whose caches are the session's
 
     def add(self, prompt: str | Sequence[int], **options: Any) -> Request:
         """Queue a prompt (text or token ids), with the options of :meth:`springtide.Engine.start`."""
-        return self.admit(self._start(prompt, **options))
+        request = self.admit(self._start(prompt, **options))
+        self._own.add(request)
+        return request
 
     def admit(self, request: Request) -> Request:
-        """Queue a request that the engine has started."""
+        """Queue a request that the engine has started; its cache stays its own when it has ended."""
         self._scheduler.add(request)
         return request
 
@@ -49,11 +54,17 @@ class Session:
         batch = self._scheduler.schedule()
         if not batch:
             return []
+        for request in batch:
+            if request in self._own and request.cache.length == 0:
+                self._memory.lend(request, self._scheduler.running)
         events = []
         for request, decision in self._loop.step(batch):
             events.append(Event(request, decision.text, decision.tokens, request.finish_reason))
             if request.finish_reason is not None:
                 self._scheduler.retire(request)
+                if request in self._own:
+                    self._own.remove(request)
+                    self._memory.keep(request)
         return events
 
     def run(self) -> Iterator[Event]:
@@ -62,7 +73,7 @@ class Session:
             yield from self.step()
 
     def cancel(self, request: Request) -> None:
-        """End a request at once: it gains no more tokens.
+        """End a request at once: it gains no more tokens, and its memory is free.
 
         Raises SpringtideError for one that has ended already or is not of this session.
         """
@@ -70,6 +81,8 @@ class Session:
             raise SpringtideError("The request has ended already, or is not of this session; cancel one that runs.")
         request.finish_reason = "cancelled"
         self._scheduler.retire(request)
+        self._own.discard(request)
+        request.release()
 
     @property
     def unfinished(self) -> list[Request]:

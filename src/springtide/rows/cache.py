@@ -66,13 +66,13 @@ class Cache:
         self.length = min(self.length, length)
         self.exact = min(self.exact, length)
 
-    def fork(self) -> Cache:
-        """An independent copy of the committed tokens."""
-        twin = Cache(self.layers)
-        twin.length, twin.exact = self.length, self.exact
+    def fork(self, length: int | None = None) -> Cache:
+        """A cache of the first ``length`` committed tokens (default: all) that goes on by itself."""
+        twin, length = Cache(self.layers), self.length if length is None else length
+        twin.length, twin.exact = length, min(self.exact, length)
         for layer, buffer in enumerate(self._buffers):
             if buffer is not None:
-                twin.write(layer, 0, *self.read(layer, 0, self.length))
+                twin.write(layer, 0, *self.read(layer, 0, length))
         return twin
 
     @property

@@ -1,0 +1,183 @@
+"""What requests of a session share, and what is forgotten."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from springtide.attention.policy import Policy
+from springtide.drafting.lookup import Lookup
+from springtide.engine import memory
+from springtide.engine.engine import Engine
+from springtide.engine.memory import Memory
+from springtide.rows.segment import PromptEmbeds
+from tiny import random_tokens, tiny
+
+DOCUMENT = random_tokens(60)
+TIDAL = "tidal:budget=9,full=0,select=1,means=0"
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Short prefixes are worth sharing, too."""
+    monkeypatch.setattr(memory, "LEAST", 16)
+
+
+class Counted(Policy):
+    """Counts the rows that are computed."""
+
+    rows = 0
+
+    def reads(self, layer, q, segment):
+        if layer.index == 0:
+            Counted.rows += len(q)
+        return super().reads(layer, q, segment)
+
+
+@pytest.fixture
+def rows():
+    """How many rows were computed since this was called last."""
+    Counted.rows = 0
+
+    def since():
+        count, Counted.rows = Counted.rows, 0
+        return count
+
+    return since
+
+
+def engine(policy="dense", name="qwen3", **options):
+    return Engine(tiny(name, torch.float64), policy=policy, **options)
+
+
+def ask(session, prompt, count=6, **options):
+    """A request that is run to its end."""
+    request = session.add(prompt, max_tokens=count, **options)
+    for _ in session.run():
+        pass
+    return request
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "mistral"])
+def test_a_document_is_read_once_for_all_questions(rows, name):
+    under = engine(Counted(), name)
+    prompts = [DOCUMENT + random_tokens(5, seed=seed) for seed in range(8)]
+    alone = [under.generate(prompt, max_tokens=6).token_ids for prompt in prompts]
+    rows()
+    together = under.generate(prompts, max_tokens=6)
+    assert [output.token_ids for output in together] == alone
+    assert rows() == len(DOCUMENT) + 8 * (5 + 5)
+    assert [output.stats.cached_tokens for output in together] == [0] + 7 * [len(DOCUMENT)]
+
+
+def test_a_turn_goes_on_from_the_one_before(rows):
+    session = engine(Counted()).session()
+    first = ask(session, DOCUMENT)
+    conversation = [*first.tokens, *random_tokens(7, seed=1)]
+    expected = engine().generate(conversation, max_tokens=6).token_ids
+    rows()
+    second = ask(session, conversation)
+    assert second.output == expected
+    assert second.lent == len(first.tokens) - 1
+    assert rows() == 1 + 7 + 5
+    again = ask(session, conversation)
+    assert again.output == expected and again.lent == len(conversation) - 1
+
+
+def test_what_was_written_sparsely_is_not_lent():
+    session = engine(TIDAL).session()
+    first = ask(session, DOCUMENT)
+    conversation = [*first.tokens, *random_tokens(7, seed=1)]
+    for policy in ("dense", TIDAL):
+        expected = engine(policy).generate(conversation, max_tokens=6).token_ids
+        request = ask(session, conversation, policy=policy)
+        assert request.output == expected
+    assert first.lent == 0 and request.lent == len(conversation) - 1
+
+
+def test_what_runs_is_lent_too(rows):
+    session = engine(Counted()).session()
+    first = session.add(DOCUMENT, max_tokens=50)
+    for _ in range(3):
+        session.step()
+    second = session.add([*first.tokens, 7], max_tokens=6)
+    expected = engine().generate([*first.tokens, 7], max_tokens=6).token_ids
+    while second in session.unfinished:
+        session.step()
+    assert second.output == expected and second.lent > len(DOCUMENT)
+    for _ in session.run():
+        pass
+    assert first.output == engine().generate(DOCUMENT, max_tokens=50).token_ids, "nobody writes to what is shared"
+
+
+def test_drafters_and_samplings_may_differ():
+    session = engine(drafter=Lookup(), adaptive=False).session()
+    ask(session, DOCUMENT)
+    for options in ({"draft": "lookup"}, {"temperature": 0.9, "seed": 3}, {"policy": TIDAL, "stop": ()}):
+        expected = engine().generate(DOCUMENT, max_tokens=12, **options).token_ids
+        request = ask(session, DOCUMENT, 12, **options)
+        assert request.output == expected and request.lent == len(DOCUMENT) - 1
+
+
+def test_given_tokens_are_decoded_as_if_nobody_had_read_them():
+    """Prompts are lent; what is to be decoded is not."""
+    under = engine(TIDAL)
+    session = under.session()
+    ask(session, DOCUMENT)
+    expected = ask(under.session(), DOCUMENT, prefill=40).output
+    request = ask(session, DOCUMENT, prefill=40)
+    assert request.output == expected and request.lent == 40
+
+
+def test_images_are_lent_to_prompts_with_the_same_one():
+    under = engine()
+    session = under.session()
+    vectors = torch.randn(20, 32, dtype=torch.float64)
+    one, same, other = (PromptEmbeds(x, tuple(range(20)), 20) for x in (vectors, vectors, -vectors))
+    tokens = [0] * 20 + DOCUMENT[:9]
+    outputs = []
+    for embeds in (one, one, other, None):
+        request = session.admit(under.start(tokens, max_tokens=6, embeds=embeds))
+        session._own.add(request)
+        for _ in session.run():
+            pass
+        outputs.append((request.output, request.lent))
+    assert [lent for _, lent in outputs] == [0, 28, 0, 0]
+    assert outputs[0][0] == outputs[1][0] != outputs[2][0]
+    del same
+
+
+def test_the_least_recently_used_goes_first():
+    under = engine()
+    session = under.session()
+    texts = [random_tokens(40, seed=seed) for seed in range(3)]
+    size = under.stack.read(texts[0]).nbytes
+    session._memory = Memory(2 * size)
+    for number in (0, 1, 0, 2):
+        ask(session, texts[number])
+        assert session._memory.nbytes <= 2 * size
+    assert [ask(session, texts[number]).lent for number in (0, 2)] == [39, 39]
+    assert ask(session, texts[1]).lent == 0
+
+
+def test_short_and_different_prompts_share_nothing():
+    session = engine().session()
+    ask(session, DOCUMENT)
+    assert ask(session, [*DOCUMENT[:15], *random_tokens(30, seed=9)]).lent == 0
+    assert ask(session, [*DOCUMENT[:16], DOCUMENT[16] - 1]).lent == 16
+
+
+def test_nothing_is_left_of_what_was_cancelled():
+    session = engine().session()
+    request, other = (session.add(DOCUMENT, max_tokens=30) for _ in range(2))
+    for _ in range(3):
+        session.step()
+    session.cancel(request)
+    gained = list(request.output)
+    assert request.cache.nbytes == 0
+    for _ in session.run():
+        pass
+    assert request.output == gained and len(other.output) == 30
+    assert session._memory.nbytes > 0
+    session._memory.clear()
+    assert session._memory.nbytes == 0
