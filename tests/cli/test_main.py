@@ -17,13 +17,28 @@ def test_version(run):
     assert (result.code, result.out.strip()) == (0, springtide.__version__)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["train", "medusa", "--help"]])
-def test_help_is_instant(arguments):
-    script = "from springtide.cli import main; main()"
+def quick(*arguments: str, **environment: str) -> str:
+    """What the command prints; it must not import what is heavy."""
+    script = "import sys; sys.argv[0] = 'springtide'; from springtide.cli import main; main()"
     command = [sys.executable, "-X", "importtime", "-c", script, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    environment = {**os.environ, **environment}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
     imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
     assert "typer" in imported and not imported & {"torch", "transformers", "numpy", "matplotlib"}
+    return result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["train", "medusa", "--help"]])
+def test_help_is_instant(arguments):
+    assert "--help" in quick(*arguments)
+
+
+def test_shells_complete_verbs_and_options():
+    assert "_SPRINGTIDE_COMPLETE=complete_bash" in quick("--show-completion", "bash")
+    for typed, completed in (("springtide ge", "generate"), ("springtide eval needle --tri", "--trials")):
+        place = str(typed.count(" "))
+        out = quick(_SPRINGTIDE_COMPLETE="complete_bash", COMP_WORDS=typed, COMP_CWORD=place)
+        assert out.split() == [completed]
 
 
 def process(*arguments, **options) -> subprocess.CompletedProcess:

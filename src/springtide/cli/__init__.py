@@ -66,7 +66,7 @@ GROUPS: dict[str, tuple[str, Verbs]] = {
 
 
 def _typer(verbs: Verbs, purpose: str) -> typer.Typer:
-    made = typer.Typer(no_args_is_help=True, add_completion=False, help=purpose)
+    made = typer.Typer(no_args_is_help=True, help=purpose)
     for name, verb in verbs.items():
         made.command(name)(verb)
     return made
