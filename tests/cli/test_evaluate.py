@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from folders import BOOK, save_drafter, tokenizer
+from springtide.cli import show
 from springtide.engine.engine import Engine
 from springtide.evaluation import needle
 
@@ -21,7 +22,7 @@ def test_needle(run, calibrated, book, tmp_path):
     assert (result.code, result.err) == (0, "")
     rows = json.loads((tmp_path / "out.json").read_text())
     names = ["policy", "budget", "length", "depth", "trials", "exact_match", "task", "exact_match_se", "of_dense"]
-    names += ["of_dense_se", "agreement", "agreement_se", "kl", "kl_se"]
+    names += ["of_dense_se", "agreement", "agreement_se", "kl", "kl_se", "complete"]
     assert all(list(row) == names for row in rows)
     measured = [("dense", None), ("tidal", 32), ("tidal", 64), ("streaming", 32), ("streaming", 64)]
     assert {(row["policy"], row["budget"]) for row in rows} == set(measured)
@@ -69,7 +70,7 @@ def test_ppl(run, calibrated, book, tmp_path):
     )
     assert (result.code, result.err) == (0, "")
     rows = json.loads((tmp_path / "out.json").read_text())
-    names = ["policy", "budget", "tokens", "perplexity", "ratio_to_dense", "kl_to_dense", "kl_curve"]
+    names = ["policy", "budget", "tokens", "perplexity", "ratio_to_dense", "kl_to_dense", "kl_curve", "complete"]
     assert all(list(row) == names for row in rows)
     assert [(row["policy"], row["budget"]) for row in rows] == [("dense", None), ("tidal", 16), ("tidal", 32)]
     assert rows[0]["ratio_to_dense"] == 1.0
@@ -84,11 +85,73 @@ def test_recall(run, calibrated, book, tmp_path):
     )
     assert (result.code, result.err) == (0, "")
     rows = json.loads((tmp_path / "out.json").read_text())
-    names = ["policy", "budget", "layer", "mass", "top_k", "worst_head_mass", "mass_by_head"]
+    names = ["policy", "budget", "layer", "mass", "top_k", "worst_head_mass", "mass_by_head", "complete"]
     assert all(list(row) == names for row in rows)
     assert "worst head mass" in " ".join(result.out.split()) and "by head" not in result.out
     assert {row["policy"] for row in rows} == {"tidal", "quest", "streaming", "oracle"}
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+INTERRUPTED = {
+    "needle": ["--length", 320, "--trials", 3, "--policy", "dense,tidal", "--budget", 32],
+    "ppl": ["--length", 200, "--windows", 3, "--policy", "dense,tidal", "--budget", 32],
+    "recall": ["--length", 320, "--trials", 3, "--budget", 32],
+    "drafts": ["--length", 300, "--prompts", 3, "--max-tokens", 6],
+}
+
+
+@pytest.mark.parametrize("verb", INTERRUPTED)
+def test_an_interrupt_keeps_what_was_measured(run, calibrated, book, tmp_path, monkeypatch, verb):
+    files = ["--json", tmp_path / "out.json", "--plot", tmp_path / "out.png"]
+    command = ["eval", verb, "--model", calibrated, "--text", book, *INTERRUPTED[verb], *files]
+    done = {"ppl": 100}.get(verb, 1)  # a window, a trial or a prompt
+    monkeypatch.setattr(show, "_bar", lambda total, what: Interrupted(99 if what == "texts" else done))
+    result = run(*command)
+    stopped = json.loads((tmp_path / "out.json").read_text())
+    assert (result.code, result.err.count("\n")) == (130, 2)
+    assert result.err.startswith(f"\nStopped; these are the results of {done} of {3 * done} ")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert {row.pop("complete") for row in stopped} == {False}
+    monkeypatch.undo()
+    if verb == "drafts":
+        assert [row["prompts"] for row in stopped] == [1] and "1/1" in result.out
+        return
+    option = "--windows" if verb == "ppl" else "--trials"
+    whole = run(*command, option, 1)
+    assert (whole.code, whole.out, whole.err) == (0, result.out, "")
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert {row.pop("complete") for row in rows} == {True}
+    assert rows == stopped
+
+
+class Interrupted:
+    """A progress bar during which somebody presses Ctrl-C, when so many steps are done."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __enter__(self) -> Interrupted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self) -> None:
+        self.steps -= 1
+        if not self.steps:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("verb", INTERRUPTED)
+def test_an_interrupt_before_anything_was_measured(run, calibrated, book, tmp_path, monkeypatch, verb):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "read", interrupted)
+    command = ["eval", verb, "--model", calibrated, "--text", book, *INTERRUPTED[verb]]
+    result = run(*command, "--json", tmp_path / "out.json")
+    assert (result.code, result.out) == (130, "")
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_the_bundled_text_is_the_default(run, folder):
@@ -155,7 +218,7 @@ def test_eval_drafts(run, folder, drafter, book, tmp_path):
 DRAFTS = [
     *("draft", "policy", "budget", "temperature", "text", "prompts", "acceptance_length", "acceptance_by_position"),
     *("passes_per_token", "ms_per_token", "undrafted_ms_per_token", "speedup", "outputs_equal", "prompts_that_differ"),
-    *("perplexity", "base_perplexity"),
+    *("perplexity", "base_perplexity", "complete"),
 ]
 
 

@@ -258,9 +258,9 @@ def cells_of(engine, monkeypatch, scores) -> list[Cell]:
         return haystack.trial(length, number, depths=[0.1, 0.5, 0.5])
 
     policies = [engine.resolve(Tidal(budget=32, **LAYERS))]
-    found = list(needle(engine, Haystack(tokenizer(), BOOK), {"made": task}, policies, [LENGTH], len(scores)))
-    assert found[: len(scores)] == [None] * len(scores)
-    return [cell for cell in found if cell]
+    steps = list(needle(engine, Haystack(tokenizer(), BOOK), {"made": task}, policies, [LENGTH], len(scores)))
+    assert len(steps) == len(scores)
+    return steps[-1]()
 
 
 def test_cells_of_scores_that_are_known(engine, monkeypatch):
@@ -301,9 +301,9 @@ def test_table(engine, monkeypatch):
 
 def test_cells(engine, haystack):
     policies = [engine.policy, engine.resolve(Tidal(budget=32, **LAYERS))]
-    found = list(needle(engine, haystack, {"single": single, "again": single}, policies, [LENGTH, 500], trials=2))
-    assert found.count(None) == 8
-    cells = [cell for cell in found if cell is not None]
+    steps = list(needle(engine, haystack, {"single": single, "again": single}, policies, [LENGTH, 500], trials=2))
+    assert len(steps) == 8
+    cells = steps[-1]()
     assert len(cells) == 2 * 2 * 2 * (len(DEPTHS) + 1)
     assert {(c.policy, c.budget) for c in cells} == {("dense", None), ("tidal", 32)}
     assert {(c.length, c.task) for c in cells} == {(n, task) for n in (LENGTH, 500) for task in ("single", "again")}
@@ -312,9 +312,19 @@ def test_cells(engine, haystack):
     assert all(c.kl > 0 for c in cells if c.policy == "tidal")
 
 
+def test_cells_of_what_is_done_so_far(engine, haystack):
+    policies = [engine.policy, engine.resolve(Tidal(budget=32, **LAYERS))]
+    steps = needle(engine, haystack, {"single": single}, policies, [LENGTH, 500], trials=2)
+    for done, cells in enumerate(steps, start=1):
+        lengths = [LENGTH] if done <= 2 else [LENGTH, 500]
+        assert list(dict.fromkeys(cell.length for cell in cells())) == lengths
+        assert {cell.trials for cell in cells() if cell.depth and cell.length == lengths[-1]} == {(done - 1) % 2 + 1}
+
+
 def test_variants_of_a_policy_have_names_of_their_own(engine, haystack):
     variants = [Tidal(budget=32, heads=heads, **LAYERS) for heads in ("kv", "all")]
-    cells = [cell for cell in needle(engine, haystack, {"single": single}, variants, [LENGTH], trials=1) if cell]
+    (found,) = needle(engine, haystack, {"single": single}, variants, [LENGTH], trials=1)
+    cells = found()
     assert {cell.policy for cell in cells} == {"tidal:heads=kv", "tidal:heads=all"}
     assert len(table(cells)) == 2
 
@@ -333,7 +343,8 @@ def test_lengths_that_cannot_be_are_refused_before_any_work(engine, haystack, le
 
 
 def test_the_longest_length_that_fits(engine, haystack):
-    assert len(list(needle(engine, haystack, {"single": single}, [engine.policy], [1023], trials=1))) == 7
+    (found,) = needle(engine, haystack, {"single": single}, [engine.policy], [1023], trials=1)
+    assert len(found()) == 6
 
 
 def test_a_text_too_short(engine):

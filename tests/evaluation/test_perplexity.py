@@ -30,9 +30,8 @@ def text() -> list[int]:
 
 
 def measured(*args) -> list[Perplexity]:
-    *steps, result = perplexity(*args)
-    assert set(steps) == {None}
-    return result
+    *_, rows = perplexity(*args)
+    return rows()
 
 
 @pytest.mark.parametrize(("length", "windows"), [(200, 3), (201, 1), (700, 1)])
@@ -61,6 +60,26 @@ def test_ratio_to_dense(engine, text):
     (alone,) = measured(engine, text, [tight], 300, 2)
     assert alone.ratio_to_dense is alone.kl_to_dense is alone.kl_curve is None
     assert alone.perplexity == pytest.approx(sparse.perplexity)
+
+
+def test_rows_of_what_is_done_so_far(engine, text):
+    policies = [engine.policy, Tidal(budget=16, **LAYERS)]
+    complete = measured(engine, text, policies, 300, 1)
+    for done, rows in enumerate(perplexity(engine, text, policies, 300, 3), start=1):
+        if done == 7:
+            assert [row.tokens for row in rows()] == [7, 7]
+            assert [at for at, _ in rows()[1].kl_curve] == [7]
+            assert rows()[1].kl_curve[0][1] == pytest.approx(rows()[1].kl_to_dense)
+        if done == 150:
+            assert rows() == complete
+        if done == 160:  # the second window has begun
+            dense, sparse = rows()
+            assert (sparse.tokens, [at for at, _ in sparse.kl_curve]) == (160, [128, 150])
+            shares = [(128 + 10) / 160, 22 / 160]
+            kl = sum(share * kl for share, (_, kl) in zip(shares, sparse.kl_curve, strict=True))
+            assert sparse.kl_to_dense == pytest.approx(kl)
+            assert dense.kl_to_dense == pytest.approx(0, abs=1e-6)
+            return
 
 
 @pytest.mark.parametrize(

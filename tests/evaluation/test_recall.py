@@ -31,9 +31,15 @@ def haystack() -> Haystack:
 
 
 def measured(engine, haystack, policies, length=LENGTH, trials=1) -> list[LayerRecall]:
-    *steps, result = recall(engine, haystack, policies, length, trials)
-    assert steps == [None] * trials
-    return result
+    steps = list(recall(engine, haystack, policies, length, trials))
+    assert len(steps) == trials
+    return steps[-1]()
+
+
+def test_rows_of_what_is_done_so_far(engine, haystack):
+    policies = [Oracle(budget=64, skip=1), Streaming(budget=64)]
+    for trials, rows in enumerate(recall(engine, haystack, policies, LENGTH, 2), start=1):
+        assert rows() == measured(engine, haystack, policies, trials=trials)
 
 
 def test_the_oracle_reads_the_true_top_tokens(engine, haystack):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -13,6 +15,7 @@ import typer
 from springtide.cli import bench, calibrate, chat, convert, demo, distill, env, evaluate, generate, policies, see, sweep
 from springtide.cli.train import drafters, pocket, vision
 from springtide.errors import SpringtideError
+from springtide.files import reason
 
 Verbs = dict[str, Callable[..., None]]
 
@@ -63,7 +66,7 @@ GROUPS: dict[str, tuple[str, Verbs]] = {
 
 
 def _typer(verbs: Verbs, purpose: str) -> typer.Typer:
-    made = typer.Typer(no_args_is_help=True, add_completion=False, help=purpose)
+    made = typer.Typer(no_args_is_help=True, help=purpose)
     for name, verb in verbs.items():
         made.command(name)(verb)
     return made
@@ -92,13 +95,40 @@ def common(
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's is one sentence on standard error and exit code 2."""
+    """Run the command line; a mistake of the user's is one sentence on standard error and exit code 2.
+
+    A pipe whose reader has left ends it quietly with code 1.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # for a terminal that cannot show every character
     warnings.showwarning = lambda message, *_: print(f"springtide: {message}", file=sys.stderr)
     try:
-        app()
+        if sys.stdout is None:
+            raise SpringtideError("Standard output is closed; send it to a file, or to /dev/null.")
+        with _written_out():
+            app()
     except SpringtideError as error:
         print(f"springtide: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def _written_out() -> Iterator[None]:
+    """What the block prints is written when it ends; raises SpringtideError where standard output takes no more."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        try:
+            print(flush=True)  # was it standard output that failed?
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # lest the interpreter try once more
+            if isinstance(error, BrokenPipeError):
+                sys.exit(1)
+            raise SpringtideError(
+                f"Standard output cannot be written ({reason(error)}); send it elsewhere, or make room."
+            ) from None
+        raise

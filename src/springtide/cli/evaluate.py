@@ -31,7 +31,7 @@ from springtide.cli.inputs import (
     read_texts,
     resolved,
 )
-from springtide.cli.show import progress, result_of
+from springtide.cli.show import measured, progress, result_of
 from springtide.errors import SpringtideError
 
 
@@ -68,12 +68,12 @@ def needle(
     policies = resolved(engine, wanted)
     haystack = Haystack(engine.tokenizer, book, seed, distractors, chats(engine, chat))
     steps, total = run(engine, haystack, tasks, policies, lengths, trials), len(lengths) * len(tasks) * trials
-    cells = [cell for cell in progress(steps, total, "needle") if cell]
+    found = measured(steps, total, "trials")
     if json_file:
-        write_json(json_file, [asdict(cell) for cell in cells])
-    print_table(table(cells))
+        write_json(json_file, found.as_json())
+    print_table(table(found.rows))
     if plot:
-        rows = [asdict(cell) for cell in cells if cell.depth is None]
+        rows = [asdict(cell) for cell in found.rows if cell.depth is None]
         for row in rows if len(tasks) > 1 else ():
             row["policy"] += f", {row['task']}"
         plot_lines(
@@ -83,6 +83,7 @@ def needle(
             y="exact match",
             log_x=True,
         )
+    found.end()
 
 
 def ppl(
@@ -108,16 +109,16 @@ def ppl(
     engine = load_engine(model, device, dtype)
     policies = resolved(engine, wanted)
     tokens = engine.encode(book)
-    found = result_of(
-        perplexity(engine, tokens, policies, length, windows), windows * (length - length // 2), "perplexity"
-    )
-    rows = [asdict(row) for row in found]
+    steps, total = perplexity(engine, tokens, policies, length, windows), windows * (length - length // 2)
+    found = measured(steps, total, "tokens")
     if json_file:
-        write_json(json_file, rows)
+        write_json(json_file, found.as_json())
+    rows = [asdict(row) for row in found.rows]
     curves = [row | {"tokens": at, "kl": kl} for row in rows for at, kl in row.pop("kl_curve") or ()]
     print_table(rows)
     if plot:
         plot_lines(plot, _series(curves, "tokens", "kl"), x="decoded tokens", y="KL to dense (nats a token)")
+    found.end()
 
 
 def recall(
@@ -142,12 +143,14 @@ def recall(
     engine = load_engine(model, device, dtype)
     policies = resolved(engine, wanted)
     haystack = Haystack(engine.tokenizer, book)
-    rows = [asdict(row) for row in result_of(run(engine, haystack, policies, length, trials), trials, "recall")]
+    found = measured(run(engine, haystack, policies, length, trials), trials, "trials")
     if json_file:
-        write_json(json_file, rows)
+        write_json(json_file, found.as_json())
+    rows = [asdict(row) for row in found.rows]
     print_table([{name: value for name, value in row.items() if name != "mass_by_head"} for row in rows])
     if plot:
         plot_lines(plot, _series(rows, "layer", "mass"), x="layer", y="attention mass kept")
+    found.end()
 
 
 def drafts(
@@ -182,11 +185,8 @@ def drafts(
     names = list(dict.fromkeys(filter(None, (name.strip() for name in draft.split(",")))))
     if not names:
         raise SpringtideError("--draft names no drafter; give at least one, such as lookup.")
-    lengths, temperatures, wanted = (
-        read_numbers(length, "--length"),
-        read_temperatures(temperature),
-        read_policies(policy, budget),
-    )
+    lengths, temperatures = read_numbers(length, "--length"), read_temperatures(temperature)
+    wanted = read_policies(policy, budget)
     texts, folder = read_texts(text), find_model(model)
     own = [name for name in names if find_adapter(name, folder) is not None]  # these change the model
     engine = load_engine(model, device, dtype)
@@ -194,14 +194,14 @@ def drafts(
     contenders = evaluation.contenders(engine, changed, names, resolved(engine, wanted), adaptive)
     cutting = evaluation.passages(engine.tokenizer, texts, lengths, prompts, recall, seed)
     passages = result_of(cutting, len(texts), "texts")
-    found = result_of(
-        evaluation.drafts(contenders, passages, temperatures, max_tokens), evaluation.steps(passages), "prompts"
-    )
+    steps = evaluation.drafts(contenders, passages, temperatures, max_tokens)
+    found = measured(steps, evaluation.steps(passages), "prompts")
     if json_file:
-        write_json(json_file, [asdict(row) for row in found])
-    evaluation.show(found)
+        write_json(json_file, found.as_json())
+    evaluation.show(found.rows)
     if plot:
-        evaluation.plot(plot, found)
+        evaluation.plot(plot, found.rows)
+    found.end()
 
 
 def captioner(

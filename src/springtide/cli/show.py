@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import typer
 
@@ -85,9 +86,7 @@ def stats_line(stats: Any) -> str:
 
 def progress(steps: Iterator[T], total: int, what: str) -> Iterator[T]:
     """Pass ``steps`` on; each None among them moves a progress bar on a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, disable=None, delay=2) as bar:
+    with _bar(total, what) as bar:
         for item in steps:
             if item is None:
                 bar.update()
@@ -101,6 +100,45 @@ def result_of(steps: Iterator[T | None], total: int, what: str) -> T:
         result = item
     assert result is not None
     return result
+
+
+@dataclass(frozen=True)
+class Measured(Generic[T]):
+    """What an evaluation found. It is not ``complete`` if Ctrl-C ended it."""
+
+    rows: list[T]
+    complete: bool
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """The rows as they are written to a file."""
+        return [asdict(row) | {"complete": self.complete} for row in self.rows]  # type: ignore[call-overload]
+
+    def end(self) -> None:
+        """End the command, all being shown and written."""
+        if not self.complete:
+            raise typer.Exit(130)
+
+
+def measured(steps: Iterator[Callable[[], list[T]]], total: int, what: str) -> Measured[T]:
+    """The rows that the last of ``steps`` gives, which may be the last before Ctrl-C."""
+    done: list[Callable[[], list[T]]] = []
+    try:
+        with _bar(total, what) as bar:
+            for rows in steps:
+                done.append(rows)
+                bar.update()
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        print(f"\nStopped; these are the results of {len(done)} of {total} {what}.", file=sys.stderr)
+        return Measured(done[-1](), complete=False)
+    return Measured(done[-1](), complete=True)
+
+
+def _bar(total: int, what: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, disable=None, delay=2)
 
 
 @contextmanager

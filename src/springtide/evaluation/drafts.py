@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, log
 from pathlib import Path
@@ -198,25 +198,44 @@ def contenders(
 
 
 def steps(passages: Sequence[Passage]) -> int:
-    """How often :func:`drafts` yields before its result."""
+    """How often :func:`drafts` yields."""
     return sum(len(passage.prompts) for passage in passages)
 
 
 def drafts(
     contenders: Sequence[Contender], passages: Sequence[Passage], temperatures: Sequence[float], max_tokens: int
-) -> Iterator[list[Drafts] | None]:
+) -> Iterator[Callable[[], list[Drafts]]]:
     """Decode up to ``max_tokens`` tokens after every prompt, undrafted and with each drafter.
 
-    Yields None after every prompt, for progress, and the result last. Raises SpringtideError for prompts that do not
+    Yields after every prompt what gives the rows of those done so far. Raises SpringtideError for prompts that do not
     fit the model's context.
     """
     _check_fit(contenders, passages, max_tokens)
+    quality, policies = _perplexities(contenders, passages), labels([other.plain.policy for other in contenders])
     plain = {contender.engine: contender.plain for contender in contenders}
     engines = list(dict.fromkeys([*plain.values(), *plain]))
     for engine in engines:
         reader = plain.get(engine, engine).read(passages[0].context)
         _decode(engine, passages[0].prompts[0], reader, Sampling(max_tokens=WARM_UP))
     tallies: dict[tuple[Text, float, Engine], Tally] = defaultdict(Tally)
+
+    def rows() -> list[Drafts]:
+        return [
+            _result(
+                contender,
+                policy,
+                text,
+                temperature,
+                tallies[text, temperature, contender.engine],
+                tallies[text, temperature, contender.plain],
+                quality,
+            )
+            for text in dict.fromkeys(passage.text for passage in passages)
+            for temperature in temperatures
+            for contender, policy in zip(contenders, policies, strict=True)
+            if (text, temperature, contender.engine) in tallies
+        ]
+
     number = 0
     for passage in passages:
         models = {engine.stack: engine for engine in plain.values()}
@@ -233,23 +252,7 @@ def drafts(
                 for engine, sequence in decoded.items():
                     expected = decoded[plain.get(engine, engine)].output
                     tallies[passage.text, temperature, engine].add(sequence, expected)
-            yield None
-    quality = _perplexities(contenders, passages)
-    policies = labels([contender.plain.policy for contender in contenders])
-    yield [
-        _result(
-            contender,
-            policy,
-            text,
-            temperature,
-            tallies[text, temperature, contender.engine],
-            tallies[text, temperature, contender.plain],
-            quality,
-        )
-        for text in dict.fromkeys(passage.text for passage in passages)
-        for temperature in temperatures
-        for contender, policy in zip(contenders, policies, strict=True)
-    ]
+            yield rows
 
 
 def _check_fit(contenders: Sequence[Contender], passages: Sequence[Passage], max_tokens: int) -> None:
@@ -280,8 +283,7 @@ def _perplexities(contenders: Sequence[Contender], passages: Sequence[Passage]) 
         logs = []
         for window in windows:
             *_, rows = perplexity(engine, window, [engine.policy], len(window), 1)
-            assert rows is not None
-            logs.append(log(rows[0].perplexity))
+            logs.append(log(rows()[0].perplexity))
         found[engine] = exp(mean(logs))
     return found
 

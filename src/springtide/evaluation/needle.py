@@ -11,6 +11,7 @@ What is hidden and asked is a task's to say, see :mod:`springtide.evaluation.tas
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -285,32 +286,34 @@ def needle(
     policies: Sequence[Policy],
     lengths: Sequence[int],
     trials: int,
-) -> Iterator[Cell | None]:
+) -> Iterator[Callable[[], list[Cell]]]:
     """Cells of every policy for each length, task and depth, and for all depths together.
 
-    None is yielded after every trial, for progress. Raises SpringtideError, before any work is done, for a length that
-    the text or the model does not have.
+    Yields after every trial what gives the cells of those done so far. Raises SpringtideError, before any work is done,
+    for a length that the text or the model does not have.
     """
     for length in lengths:
         check_fit(engine, length, length + 1)
         for task in tasks.values():
             for number in range(trials):
                 task(haystack, length, number)
+    done: dict[tuple[str, int], list[tuple[Trial, Tensor]]] = defaultdict(list)
+
+    def cells() -> list[Cell]:
+        return [cell for (name, length), found in done.items() for cell in _cells(name, policies, length, found)]
+
     for length in lengths:
         for name, task in tasks.items():
-            scores = []
             for number in range(trials):
                 trial = task(haystack, length, number)
-                scores.append(ask(engine, trial, policies))
-                yield None
-            yield from _cells(name, policies, length, trial.questions, torch.stack(scores, 1))
+                done[name, length] += [(trial, ask(engine, trial, policies))]
+                yield cells
 
 
-def _cells(
-    task: str, policies: Sequence[Policy], length: int, questions: Sequence[Question], scores: Tensor
-) -> Iterator[Cell]:
-    """Cells of ``scores [policy, trial, question, 4]``, see :func:`ask`; every trial asks at the questions' depths."""
-    depths = [question.depth for question in questions]
+def _cells(task: str, policies: Sequence[Policy], length: int, found: Sequence[tuple[Trial, Tensor]]) -> Iterator[Cell]:
+    """Cells of trials, all of which ask at the same depths, with their scores, see :func:`ask`."""
+    depths = [question.depth for question in found[0][0].questions]
+    scores = torch.stack([own for _, own in found], 1)  # [policy, trial, question, 4]
     for name, policy, own in zip(labels(policies), policies, scores, strict=True):
         for depth in [*dict.fromkeys(depth for depth in depths if depth is not None), None]:
             chosen = own[:, [i for i, other in enumerate(depths) if depth in (None, other)]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +36,11 @@ class Perplexity:
 
 def perplexity(
     engine: Engine, text: list[int], policies: Sequence[Policy], length: int, windows: int
-) -> Iterator[list[Perplexity] | None]:
+) -> Iterator[Callable[[], list[Perplexity]]]:
     """Score the second half of ``windows`` windows of ``length`` tokens spread over ``text``.
 
     The first half of a window is read once as a prompt; each policy decodes the second half from a copy of that cache,
-    all of them side by side. Yields None after every scored token, for progress, and the result last.
+    all of them side by side. Yields after every scored token what gives the rows of those so far.
     """
     if length < 2:
         raise SpringtideError(f"A length of {length} leaves nothing to predict; use 2 or more.")
@@ -51,30 +51,31 @@ def perplexity(
         raise SpringtideError(f"The text has {len(text)} tokens, but a window needs {length}; use a shorter --length.")
     half = length // 2
     dense = next((i for i, policy in enumerate(policies) if policy.name == "dense"), None)
-    losses = torch.zeros(windows, length - half, len(policies), dtype=torch.float64)
-    divergences = torch.zeros_like(losses)
+    scored: list[Tensor] = []  # of each token: [policy, 2], its loss and the divergence from dense predictions
+
+    def rows() -> list[Perplexity]:
+        losses, divergences = torch.stack(scored).unbind(-1)
+        values = losses.mean(0).exp().tolist()
+        found = []
+        for i, (name, policy) in enumerate(zip(labels(policies), policies, strict=True)):
+            ratio = kl = curve = None
+            if dense is not None:
+                own = divergences[:, i]
+                ratio, kl, curve = values[i] / values[dense], own.mean().item(), _curve(own, length - half)
+            found.append(Perplexity(name, policy.budget_at(length), len(scored), values[i], ratio, kl, curve))
+        return found
+
     for window in range(windows):
         start = round(window * (len(text) - length) / max(1, windows - 1))
         tokens = text[start : start + length]
         reader = engine.read(tokens[:half])
         streams = [_rows(engine.using(policy).predictions(tokens, half, reader.fork())) for policy in policies]
-        for place, rows in enumerate(zip(*streams, strict=True)):
-            predicted = torch.stack(rows).log_softmax(-1)
-            losses[window, place] = -predicted[:, tokens[half + place]]
-            if dense is not None:
-                truth = predicted[dense]
-                divergences[window, place] = (truth.exp() * (truth - predicted)).sum(-1)
-            yield None
-    values = losses.mean((0, 1)).exp().tolist()
-    results = []
-    for i, (name, policy) in enumerate(zip(labels(policies), policies, strict=True)):
-        ratio = kl = curve = None
-        if dense is not None:
-            ratio, kl, curve = values[i] / values[dense], divergences[..., i].mean().item(), _curve(divergences[..., i])
-        results.append(
-            Perplexity(name, policy.budget_at(length), windows * (length - half), values[i], ratio, kl, curve)
-        )
-    yield results
+        for token, logits in zip(tokens[half:], zip(*streams, strict=True), strict=True):
+            predicted = torch.stack(logits).log_softmax(-1)
+            truth = predicted[dense or 0]  # of no meaning where dense was not measured
+            divergences = (truth.exp() * (truth - predicted)).sum(-1)
+            scored.append(torch.stack([-predicted[:, token], divergences], -1).double().cpu())
+            yield rows
 
 
 def _rows(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -83,8 +84,8 @@ def _rows(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
         yield from block
 
 
-def _curve(divergences: Tensor) -> list[tuple[int, float]]:
-    """Means over windows and stretches of ``divergences [windows, decoded]``; the last stretch may be shorter."""
-    means = divergences.mean(0)
-    starts = range(0, len(means), STRETCH)
-    return [(min(start + STRETCH, len(means)), means[start : start + STRETCH].mean().item()) for start in starts]
+def _curve(divergences: Tensor, decoded: int) -> list[tuple[int, float]]:
+    """Means over stretches of the ``decoded`` tokens of each window; the last stretch and window may be shorter."""
+    places, reached = torch.arange(len(divergences)) % decoded, min(decoded, len(divergences))
+    ends = [min(start + STRETCH, reached) for start in range(0, reached, STRETCH)]
+    return [(end, divergences[places // STRETCH == number].mean().item()) for number, end in enumerate(ends)]

@@ -6,7 +6,7 @@ very same queries and keys: the share of attention mass that the selection holds
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -69,10 +69,10 @@ class Meter:
 
 def recall(
     engine: Engine, haystack: Haystack, policies: Sequence[Policy], length: int, trials: int
-) -> Iterator[list[LayerRecall] | None]:
+) -> Iterator[Callable[[], list[LayerRecall]]]:
     """Recall of every sparse layer while questions and their answers are decoded.
 
-    Yields None after every trial, for progress, and the result last. A policy whose budget covers the context reads no
+    Yields after every trial what gives the rows of those done so far. A policy whose budget covers the context reads no
     selection and has no rows. Raises SpringtideError if no policy would have any, or for a length that the text or the
     model does not have.
     """
@@ -83,31 +83,36 @@ def recall(
     for number in range(trials):
         trial = haystack.trial(length, number)
         check_fit(engine, length, len(trial.context) + len(haystack.asked(trial)[0]) + 1)
-    meters = [Meter() for _ in policies]
+    done: list[list[Meter]] = []  # of each trial, for each policy
+
+    def rows() -> list[LayerRecall]:
+        return [
+            _layer(name, policy.budget_at(length), layer, meters)
+            for name, policy, meters in zip(labels(policies), policies, zip(*done, strict=True), strict=True)
+            for layer in sorted({layer for meter in meters for layer in meter.rows})
+        ]
+
     for number in range(trials):
-        trial = haystack.trial(length, number)
+        trial, meters = haystack.trial(length, number), [Meter() for _ in policies]
         reader = engine.read(trial.context)
         asked = haystack.asked(trial)[0]
         for policy, meter in zip(policies, meters, strict=True):
             under = engine.using(policy)
             list(under.predictions(trial.context + asked, len(trial.context), reader, meter=meter))
-        yield None
-    yield [
-        _layer(name, policy.budget_at(length), layer, meter)
-        for name, policy, meter in zip(labels(policies), policies, meters, strict=True)
-        for layer in sorted(meter.rows)
-    ]
+        done.append(meters)
+        yield rows
 
 
-def _layer(policy: str, budget: int | None, layer: int, meter: Meter) -> LayerRecall:
-    rows = meter.rows[layer]
-    heads = meter.mass[layer] / rows
+def _layer(policy: str, budget: int | None, layer: int, meters: Sequence[Meter]) -> LayerRecall:
+    meters = [meter for meter in meters if layer in meter.rows]
+    rows = sum(meter.rows[layer] for meter in meters)
+    heads = torch.stack([meter.mass[layer] for meter in meters]).sum(0) / rows
     return LayerRecall(
         policy,
         budget,
         layer,
         mass=heads.mean().item(),
-        top_k=meter.top_k[layer] / rows,
+        top_k=sum(meter.top_k[layer] for meter in meters) / rows,
         worst_head_mass=heads.min().item(),
         mass_by_head=heads.tolist(),
     )
