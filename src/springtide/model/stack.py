@@ -131,15 +131,28 @@ class Stack:
 
     def rotary(self, hidden: Tensor, segments: Sequence[Segment]) -> Any:
         """Cosines and sines of the rows' positions; one pair a layer type where the types differ (Gemma 3)."""
-        positions = [torch.tensor([s.positions], device=self.device) for s in segments]
-        config, rotary = self.model.config, self.model.model.rotary_emb
+        config = self.model.config
         if config.model_type == "gemma3_text":
-            return {kind: rotary(hidden, torch.cat(positions, 1), kind) for kind in set(config.layer_types)}
-        if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):
-            # Frequencies depend on the longest position, so that one sequence must not change its neighbour's.
-            parts = [rotary(hidden, own) for own in positions]
-            return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
-        return rotary(hidden, torch.cat(positions, 1))
+            return {kind: self._rotary(hidden, segments, kind) for kind in set(config.layer_types)}
+        return self._rotary(hidden, segments)
+
+    def _rotary(self, hidden: Tensor, segments: Sequence[Segment], *kind: str) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[1, R, D]``, each row's with the frequencies for the length of its own sequence."""
+        rotary, rope = self.model.model.rotary_emb, self.spec.rope
+        positions = torch.tensor([[place for s in segments for place in s.positions]], device=self.device)
+        if not rope.trained:
+            cos, sin = rotary(hidden, positions, *kind)
+            return cos, sin
+        lengths = [rope.shortest(reach) for s in segments for reach in s.reaches]
+        order, parts = list[int](), list[Tensor]()
+        for length in set(lengths):
+            rows = [row for row, own in enumerate(lengths) if own == length]
+            rotary(hidden, torch.zeros_like(positions[:, :1]), *kind)  # else it keeps those of the longest that it saw
+            last = positions.new_full((1, 1), max(length - 1, 0))  # its largest position tells it the length
+            parts.append(torch.cat(rotary(hidden, torch.cat([positions[:, rows], last], 1), *kind))[:, :-1])
+            order += rows
+        cos, sin = torch.cat(parts, 1)[:, torch.tensor(order).argsort(), None].transpose(1, 2)
+        return cos, sin
 
     @contextmanager
     def own_attention(self) -> Iterator[None]:
