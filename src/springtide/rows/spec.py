@@ -40,7 +40,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """``windows[l]`` is layer ``l``'s sliding window in tokens, or None where it attends to everything.
+    """``windows[l]`` is layer ``l``'s sliding window in tokens, or None where it hides nothing of the context.
 
     ``calibration`` is the content of the ``springtide.json`` beside the model, if there is one.
     """
@@ -76,7 +76,7 @@ class ModelSpec:
 
 def _windows(config: PretrainedConfig) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
+    if window is None or getattr(config, "use_sliding_window", True) is False or window >= _context_limit(config):
         return (None,) * int(config.num_hidden_layers)
     kinds: list[str] = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
