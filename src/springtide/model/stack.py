@@ -17,7 +17,7 @@ from springtide.attention.policy import Layer, read
 from springtide.drafting.drafter import Drafter
 from springtide.errors import SpringtideError
 from springtide.kernels import native
-from springtide.model.fused import FusedLayer
+from springtide.model.fused import FusedLayer, Parts
 from springtide.rows.cache import Cache
 from springtide.rows.segment import Segment
 from springtide.rows.spec import ModelSpec
@@ -93,7 +93,7 @@ class Stack:
     def layer(self, index: int, hidden: Tensor, embeddings: Any, step: Pass) -> Tensor:
         """Output of one layer for ``hidden [R, hidden]``; ``embeddings``: what :meth:`rotary` gives for it."""
         layer, fused = self.model.model.layers[index], self.fused[index]
-        if fused is None or not fused.takes(hidden):
+        if fused is None or not fused.takes(layer, hidden):
             out: Tensor = layer(hidden[None], attention_mask=None, position_embeddings=embeddings, springtide=step)
             return out[0]
         cos, sin = embeddings
@@ -123,7 +123,8 @@ class Stack:
 
     def _head(self, hidden: Tensor) -> Tensor:
         head = self.model.lm_head
-        level = native.of(hidden, head.weight) if type(head) is nn.Linear and not hidden.requires_grad else None
+        plain = type(head) is nn.Linear and not hidden.requires_grad and not Parts(head).hooked
+        level = native.of(hidden, head.weight) if plain else None
         if level is None or len(hidden) > native.most_rows(level, hidden.dtype):
             logits: Tensor = head(hidden)
             return logits
