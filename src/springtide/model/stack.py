@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from springtide.rows.segment import Segment
 from springtide.rows.spec import ModelSpec
 
 ATTENTION = "springtide"
+LOCKS: WeakKeyDictionary[PreTrainedModel, Lock] = WeakKeyDictionary()  # one for each model, whose stacks may be many
 
 SUPPORTED = {
     "llama": "Llama",
@@ -57,6 +60,7 @@ class Stack:
     def __init__(self, model: PreTrainedModel, calibration: dict[str, Any] | None = None) -> None:
         check_supported(model.config.model_type)
         self.model = model.eval()
+        self.lock = LOCKS.setdefault(model, Lock())
         self.spec = ModelSpec.of(model.config, calibration)
         for parameter in model.parameters():
             native.huge_pages(parameter, now=True)
@@ -157,14 +161,18 @@ class Stack:
 
     @contextmanager
     def own_attention(self) -> Iterator[None]:
-        """Route the layers' attention to :func:`attention` while a pass runs, so that the model stays the user's."""
+        """Route the layers' attention to :func:`attention` while a pass runs, so that the model stays the user's.
+
+        One thread at a time: others that have passes of the model to run wait.
+        """
         config = self.model.config
-        before = config._attn_implementation
-        config._attn_implementation = ATTENTION
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
+        with self.lock:
+            before = config._attn_implementation
+            config._attn_implementation = ATTENTION
+            try:
+                yield
+            finally:
+                config._attn_implementation = before
 
 
 class Pass:
@@ -188,8 +196,8 @@ class Pass:
         if start == stop:
             return hidden
         stack = self.stack
-        rotary = stack.rotary(hidden[None], self.segments)
         with stack.own_attention():
+            rotary = stack.rotary(hidden[None], self.segments)
             for index in range(start, stop):
                 kinds = isinstance(rotary, dict)
                 embeddings = rotary[stack.model.config.layer_types[index]] if kinds else rotary
