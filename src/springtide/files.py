@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,42 +17,58 @@ EXCERPT = Path(__file__).parent / "data" / "excerpt.txt"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Another path, to be written in the block, which then takes the place of ``path``.
+def replacing(path: Path, advice: str = "choose another place", make: bool = False) -> Iterator[Path]:
+    """Another path, to be written in the block, which then takes the place of the file ``path``.
 
-    Nothing is left of it when the block raises. Raises SpringtideError when the file cannot be written.
+    It may become a folder where there is no ``path`` yet. ``make``: the folder that ``path`` lies in, too. Nothing is
+    left of it when the block raises. Raises SpringtideError, ending with the ``advice``, when it cannot be written.
     """
-    temporary = path.with_name(path.name + ".writing")
-    try:
+    with _beside(path, advice, make) as folder:
+        temporary = folder / path.name
         yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SpringtideError(f"'{path}' cannot be written ({reason(error)}); choose another place.") from None
-    finally:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+        _move(temporary, path)
 
 
 @contextmanager
-def filling(folder: Path) -> Iterator[Path]:
+def filling(folder: Path, advice: str = "choose another place") -> Iterator[Path]:
     """Another folder, to be written to in the block, whose files then replace those in ``folder``; others stay.
 
-    Nothing is left of it when the block raises. Raises SpringtideError when a file cannot be written.
+    Nothing is left of it when the block raises. Raises SpringtideError, ending with the ``advice``, when a file cannot
+    be written.
     """
-    temporary = folder.with_name(folder.name + ".writing")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with _beside(folder, advice, make=True) as temporary:
         yield temporary
         for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
             place = folder / path.relative_to(temporary)
             place.parent.mkdir(parents=True, exist_ok=True)
             path.chmod(0o644)  # safetensors lets nobody else read
-            os.replace(path, place)
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError is torch.save's
-        raise SpringtideError(f"'{folder}' cannot be written ({reason(error)}); choose another place.") from None
+            _move(path, place)
+
+
+@contextmanager
+def _beside(path: Path, advice: str, make: bool) -> Iterator[Path]:
+    """A folder beside ``path``, of another name than any process has given one, that is gone after the block."""
+    folder = None
+    try:
+        if make:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".writing", dir=path.parent))
+        yield folder
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if type(error) is RuntimeError and "iostream error" not in str(error):  # which is what torch.save raises
+            raise
+        raise SpringtideError(f"'{path}' cannot be written ({reason(error)}); {advice}.") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename, once the disk has all of a file."""
+    if source.is_file():
+        with source.open("rb") as file:
+            os.fsync(file.fileno())
+    os.replace(source, target)
 
 
 def reason(error: Exception) -> str:

@@ -267,7 +267,7 @@ class TestTraining:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(SpringtideError, match=r"checkpoint\.pt cannot be written \(No space left on device\)"):
+        with pytest.raises(SpringtideError, match=r"checkpoint\.pt' cannot be written \(No space left on device\)"):
             subject.save()
         assert subject.checkpoint.read_bytes() == before
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]

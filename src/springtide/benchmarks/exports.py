@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -17,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from springtide.errors import SpringtideError
+from springtide.files import replacing
 
 ATTENTION = "springtide_export"
 EXPORTED = {"llama": "Llama", "qwen3": "Qwen3"}
@@ -34,26 +33,9 @@ def check_exported(model: PreTrainedModel, peer: str) -> None:
 def once(target: Path, write: Callable[[Path], None]) -> Path:
     """``target``, written before if it was not there, whole or not at all."""
     if not target.exists():
-        temporary = target.with_name(target.name + ".writing")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _remove(temporary)
+        with replacing(target, "choose another place with --cache", make=True) as temporary:
             write(temporary)
-            os.replace(temporary, target)
-        except OSError as error:
-            raise SpringtideError(
-                f"'{target}' cannot be written ({error.strerror}); choose another place with --cache."
-            ) from None
-        finally:
-            _remove(temporary)
     return target
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 # -- OpenVINO -------------------------------------------------------------------------------------------------------

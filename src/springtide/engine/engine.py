@@ -246,7 +246,7 @@ class Engine:
             sampling,
             policy,
             self.drafter if draft is None else self.drafter_of(draft, policy),
-            self.stack.new_cache() if reuse is None else _taken_over(reuse, tokens, embeds),
+            self.stack.new_cache() if reuse is None else self._taken_over(reuse, tokens, prefill, embeds),
             prefill_end=prefill,
             output_start=len(tokens),
             embeds=embeds,
@@ -310,6 +310,17 @@ class Engine:
             yield from predicted
             predicted.clear()
 
+    def _taken_over(self, reuse: Request, tokens: Sequence[int], prefill: int, embeds: PromptEmbeds | None) -> Cache:
+        """The cache of an earlier request as far as it is what ``tokens`` need: theirs, but the last, and exact.
+
+        Nothing of it, where rotary frequencies are others for a prompt of ``prefill`` tokens.
+        """
+        rope, gaps = self.stack.spec.rope, 0 if embeds is None else embeds.gaps
+        turned_alike = rope.shortest(reuse.prefill_end + gaps) == rope.shortest(prefill + gaps)
+        alike = _common_prefix(reuse.tokens, tokens[:-1]) if reuse.embeds is embeds and turned_alike else 0
+        reuse.cache.crop(min(alike, reuse.cache.exact))
+        return reuse.cache
+
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise SpringtideError("The engine has no tokenizer: load one, or give token ids and no stop strings.")
@@ -354,13 +365,6 @@ def _eos(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     if ids is None:
         ids = getattr(tokenizer, "eos_token_id", None)
     return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
-
-
-def _taken_over(reuse: Request, tokens: Sequence[int], embeds: PromptEmbeds | None) -> Cache:
-    """The cache of an earlier request as far as it is what ``tokens`` need: theirs, but the last, and exact."""
-    alike = _common_prefix(reuse.tokens, tokens[:-1]) if reuse.embeds is embeds else 0
-    reuse.cache.crop(min(alike, reuse.cache.exact))
-    return reuse.cache
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -66,6 +66,8 @@ class Loop:
 
     def _given(self, request: Request) -> Plan | None:
         """Rows of tokens that are known; None where the last of them alone is left, which is to be decoded."""
+        if request.until_reread(self.stack.spec.rope) == 0:
+            request.reread()
         cached, known = request.cache.length, len(request.tokens)
         start = request.policy.resume(request.cache, request.prefilling)
         if request.prefilling:
@@ -73,7 +75,7 @@ class Loop:
         if start < cached:
             return self._chain(request, "refresh", start, cached + 1)
         if cached < known - 1:
-            return self._chain(request, "decode", start, min(start + _given_rows(request), known - 1))
+            return self._chain(request, "decode", start, min(start + self._given_rows(request), known - 1))
         return None
 
     def _chain(self, request: Request, kind: Kind, start: int, stop: int) -> Plan:
@@ -118,10 +120,21 @@ class Loop:
             request.sampling.max_tokens - len(request.output),
             self.stack.spec.context_limit - request.span,
         ]
-        headroom = request.policy.headroom(request.cache)
+        headroom = self._headroom(request)
         if headroom is not None:
             limits.append(headroom)
         return max(0, min(limits) - 1)
+
+    def _given_rows(self, request: Request) -> int:
+        if not request.policy.rows_independent:
+            return 1
+        headroom = self._headroom(request)
+        return GIVEN_ROWS if headroom is None else min(GIVEN_ROWS, headroom)
+
+    def _headroom(self, request: Request) -> int | None:
+        """How many tokens may be committed before rows are computed in another way; None for no limit."""
+        limits = (request.policy.headroom(request.cache), request.until_reread(self.stack.spec.rope))
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _logits(self, plans: Sequence[Plan], hidden: Sequence[Tensor]) -> Sequence[Tensor]:
         """Logits ``[outputs, V]`` of each request's rows that are asked for a token: the LM head runs once for all."""
@@ -170,10 +183,3 @@ class Loop:
         governor = self._governor(requests) if decoded and len(drafters) == 1 else None
         if governor is not None:
             governor.record(len(requests), tokens, seconds)
-
-
-def _given_rows(request: Request) -> int:
-    if not request.policy.rows_independent:
-        return 1
-    headroom = request.policy.headroom(request.cache)
-    return GIVEN_ROWS if headroom is None else min(GIVEN_ROWS, headroom)

@@ -16,6 +16,7 @@ from springtide.engine.text import Detokenizer
 from springtide.rows.cache import Cache
 from springtide.rows.sampling import Sampling
 from springtide.rows.segment import Kind, PromptEmbeds, Segment
+from springtide.rows.spec import Rope
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -142,10 +143,24 @@ class Request:
             self.policy,
             self.state,
             draft=self.draft,
+            prefill_end=self.prefill_end,
             embeds=self.embeds,
             meter=self.meter,
             **options,
         )
+
+    def until_reread(self, rope: Rope) -> int | None:
+        """How many tokens may be committed before :meth:`reread` is due; None for no limit."""
+        gaps = self.span - len(self.tokens)
+        if not rope.reread or self.prefill_end + gaps > rope.trained:
+            return None
+        return rope.trained - gaps - self.cache.length
+
+    def reread(self) -> None:
+        """Forget the cache: the tokens that were in it, and the next one, are a prompt that is still to be computed."""
+        self.prefill_end = self.cache.length + 1
+        self.cache.crop(0)
+        self.state = self.policy.new_state()
 
     def gain(self, decision: Decision, bytes_read: int, drafted: int, now: float) -> None:
         """Append what a pass gave that read ``bytes_read`` of the cache and tried ``drafted`` tokens."""

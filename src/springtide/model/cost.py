@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
 import time
 from bisect import bisect
 from collections.abc import Callable, Sequence
@@ -17,6 +15,8 @@ from tqdm import tqdm
 
 import springtide
 from springtide.attention.policy import Policy
+from springtide.errors import SpringtideError
+from springtide.files import replacing
 from springtide.kernels import native
 from springtide.model.stack import Stack
 
@@ -94,13 +94,8 @@ def _read() -> dict[str, Any]:
 
 
 def _write(costs: dict[str, Any]) -> None:
-    temporary = FILE.with_name(f"{FILE.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        FILE.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, FILE)
-    except OSError:
+        with replacing(FILE, make=True) as temporary:
+            temporary.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
+    except SpringtideError:
         pass  # where nothing can be kept, costs are measured each time
-    finally:
-        if temporary.exists():
-            temporary.unlink()

@@ -6,10 +6,12 @@ projection, the residual, RMSNorm, the gated MLP, the residual. Sums are rounded
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from springtide.kernels import native
 
@@ -18,14 +20,39 @@ FUSED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
 class FusedLayer:
-    """A decoder layer of an architecture in ``FUSED``, on the CPU, whose weights it shares."""
+    """A decoder layer of an architecture in ``FUSED``, on the CPU, whose weights it shares.
 
-    def __init__(self, layer: Any, level: Any) -> None:
-        norms, matrices = _parts(layer)
+    The layer is its owner's to change: what it is made of is looked at before every pass, and anew if it is another.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._look(layer)
+
+    @classmethod
+    def of(cls, layer: Any, config: Any) -> Self | None:
+        """The layer fused; None for another architecture."""
+        return cls(layer) if config.model_type in FUSED and config.hidden_act == "silu" else None
+
+    def takes(self, layer: Any, hidden: Tensor) -> bool:
+        """Whether ``hidden [R, hidden]`` of ``layer``, as it is now, can run here: no gradients, not too many rows."""
+        if layer is not self.layer or self.parts.changed or [x.data_ptr() for x in self.weights] != self.addresses:
+            self._look(layer)
+        if self.block is None or hidden.requires_grad or hidden.dtype != self.dtype or len(hidden) > self.most_rows:
+            return False
+        return not self.parts.hooked
+
+    def _look(self, layer: Any) -> None:
+        """Take over the weights; there is no ``block`` on another device or dtype, and for parts of other kinds."""
+        self.layer, self.parts, self.block = layer, Parts(layer), None
+        self.weights = list(layer.parameters())
+        self.addresses = [x.data_ptr() for x in self.weights]
+        self.level = native.of(*self.weights)
+        if self.level is None or not all(x.is_contiguous() for x in self.weights) or not _as_written(layer):
+            return
+        norms, matrices = _projections(layer)
         attention = layer.self_attn
-        self.level = level
         self.dtype: torch.dtype = matrices[0].weight.dtype
-        self.most_rows = native.most_rows(level, self.dtype)
+        self.most_rows = native.most_rows(self.level, self.dtype)
         self.head_dim: int = attention.head_dim
         self.heads: int = matrices[0].out_features // self.head_dim
         self.kv_heads: int = matrices[1].out_features // self.head_dim
@@ -34,28 +61,6 @@ class FusedLayer:
         weights += [x for m in matrices for x in (m.weight, m.bias)]
         epsilon: float = layer.input_layernorm.variance_epsilon
         self.block = native.block(weights, self.heads, self.kv_heads, self.head_dim, rotary, epsilon)
-        self.weights = [x for x in weights if x is not None]
-        self.addresses = [x.data_ptr() for x in self.weights]
-
-    @classmethod
-    def of(cls, layer: Any, config: Any) -> Self | None:
-        """The layer fused; None for another architecture, device or dtype, and where its parts were changed."""
-        if config.model_type not in FUSED or config.hidden_act != "silu":
-            return None
-        norms, matrices = _parts(layer)
-        parameters = [x for m in (*norms, *matrices) if m is not None for x in m.parameters()]
-        hooked = any(hasattr(m, "_hf_hook") or m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
-        changed = hooked or any(type(m) is not nn.Linear for m in matrices)
-        level = native.of(*parameters)
-        if level is None or changed or not all(x.is_contiguous() for x in parameters):
-            return None
-        return cls(layer, level)
-
-    def takes(self, hidden: Tensor) -> bool:
-        """Whether ``hidden [R, hidden]`` can run here: no gradients, not too many rows, weights in place."""
-        if hidden.requires_grad or hidden.dtype != self.dtype or len(hidden) > self.most_rows:
-            return False
-        return [x.data_ptr() for x in self.weights] == self.addresses
 
     def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[R, H, D]``, keys and values ``[H_kv, R, D]`` of the layer's input ``hidden [R, hidden]``."""
@@ -71,10 +76,40 @@ class FusedLayer:
         return native.after(self.level, self.block, hidden, attended)
 
 
-def _parts(layer: Any) -> tuple[list[Any], list[Any]]:
+def _as_written(layer: Any) -> bool:
+    """Whether the layer is made of nothing but its architecture's own modules, plain linear layers and SiLU."""
+    plain = (nn.Linear, nn.SiLU, SiLUActivation)
+    return all(type(m) in plain or type(m).__module__ == type(layer).__module__ for m in layer.modules())
+
+
+def _projections(layer: Any) -> tuple[list[Any], list[Any]]:
     """Norms (before attention and MLP, of queries and keys, if any) and projections of a layer."""
     attention, mlp = layer.self_attn, layer.mlp
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     matrices = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     return norms, [*matrices, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+class Parts:
+    """What a module is made of, to notice when something takes its place or comes in between."""
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        holders: list[dict[str, Any]] = [holder for m in modules for holder in (m._modules, m._parameters)]
+        self._holders = [holder for holder in holders if holder]
+        self._held = [part for holder in self._holders for part in holder.values()]  # kept, so that ids are theirs
+        self._ids = list(map(id, self._held))
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._own = [vars(m) for m in modules]
+
+    @property
+    def changed(self) -> bool:
+        """Whether there are other modules or parameters in it now."""
+        now = chain.from_iterable(map(dict.values, self._holders))
+        return list(map(id, now)) != self._ids
+
+    @property
+    def hooked(self) -> bool:
+        """Whether calling it does more than its class says: there are hooks, or ``forward`` was replaced."""
+        return any(self._hooks) or any("forward" in own for own in self._own)

@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +19,13 @@ from springtide.attention.policy import Layer, Policy, read
 from springtide.drafting.drafter import Drafter
 from springtide.errors import SpringtideError
 from springtide.kernels import native
-from springtide.model.fused import FusedLayer
+from springtide.model.fused import FusedLayer, Parts
 from springtide.rows.cache import Cache
 from springtide.rows.segment import Segment
 from springtide.rows.spec import ModelSpec
 
 ATTENTION = "springtide"
+LOCKS: WeakKeyDictionary[PreTrainedModel, Lock] = WeakKeyDictionary()  # one for each model, whose stacks may be many
 
 SUPPORTED = {
     "llama": "Llama",
@@ -57,6 +60,7 @@ class Stack:
     def __init__(self, model: PreTrainedModel, calibration: dict[str, Any] | None = None) -> None:
         check_supported(model.config.model_type)
         self.model = model.eval()
+        self.lock = LOCKS.setdefault(model, Lock())
         self.spec = ModelSpec.of(model.config, calibration)
         for parameter in model.parameters():
             native.huge_pages(parameter, now=True)
@@ -112,7 +116,7 @@ class Stack:
     def layer(self, index: int, hidden: Tensor, embeddings: Any, step: Pass) -> Tensor:
         """Output of one layer for ``hidden [R, hidden]``; ``embeddings``: what :meth:`rotary` gives for it."""
         layer, fused = self.model.model.layers[index], self.fused[index]
-        if fused is None or not fused.takes(hidden):
+        if fused is None or not fused.takes(layer, hidden):
             out: Tensor = layer(hidden[None], attention_mask=None, position_embeddings=embeddings, springtide=step)
             return out[0]
         cos, sin = embeddings
@@ -142,7 +146,8 @@ class Stack:
 
     def _head(self, hidden: Tensor) -> Tensor:
         head = self.model.lm_head
-        level = native.of(hidden, head.weight) if type(head) is nn.Linear and not hidden.requires_grad else None
+        plain = type(head) is nn.Linear and not hidden.requires_grad and not Parts(head).hooked
+        level = native.of(hidden, head.weight) if plain else None
         if level is None or len(hidden) > native.most_rows(level, hidden.dtype):
             logits: Tensor = head(hidden)
             return logits
@@ -150,26 +155,43 @@ class Stack:
 
     def rotary(self, hidden: Tensor, segments: Sequence[Segment]) -> Any:
         """Cosines and sines of the rows' positions; one pair a layer type where the types differ (Gemma 3)."""
-        positions = [torch.tensor([s.positions], device=self.device) for s in segments]
-        config, rotary = self.model.config, self.model.model.rotary_emb
+        config = self.model.config
         if config.model_type == "gemma3_text":
-            return {kind: rotary(hidden, torch.cat(positions, 1), kind) for kind in set(config.layer_types)}
-        if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):
-            # Frequencies depend on the longest position, so that one sequence must not change its neighbour's.
-            parts = [rotary(hidden, own) for own in positions]
-            return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
-        return rotary(hidden, torch.cat(positions, 1))
+            return {kind: self._rotary(hidden, segments, kind) for kind in set(config.layer_types)}
+        return self._rotary(hidden, segments)
+
+    def _rotary(self, hidden: Tensor, segments: Sequence[Segment], *kind: str) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[1, R, D]``, each row's with the frequencies for the length of its own sequence."""
+        rotary, rope = self.model.model.rotary_emb, self.spec.rope
+        positions = torch.tensor([[place for s in segments for place in s.positions]], device=self.device)
+        if not rope.trained:
+            cos, sin = rotary(hidden, positions, *kind)
+            return cos, sin
+        lengths = [rope.shortest(reach) for s in segments for reach in s.reaches]
+        order, parts = list[int](), list[Tensor]()
+        for length in set(lengths):
+            rows = [row for row, own in enumerate(lengths) if own == length]
+            rotary(hidden, torch.zeros_like(positions[:, :1]), *kind)  # else it keeps those of the longest that it saw
+            last = positions.new_full((1, 1), max(length - 1, 0))  # its largest position tells it the length
+            parts.append(torch.cat(rotary(hidden, torch.cat([positions[:, rows], last], 1), *kind))[:, :-1])
+            order += rows
+        cos, sin = torch.cat(parts, 1)[:, torch.tensor(order).argsort(), None].transpose(1, 2)
+        return cos, sin
 
     @contextmanager
     def own_attention(self) -> Iterator[None]:
-        """Route the layers' attention to :func:`attention` while a pass runs, so that the model stays the user's."""
+        """Route the layers' attention to :func:`attention` while a pass runs, so that the model stays the user's.
+
+        One thread at a time: others that have passes of the model to run wait.
+        """
         config = self.model.config
-        before = config._attn_implementation
-        config._attn_implementation = ATTENTION
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
+        with self.lock:
+            before = config._attn_implementation
+            config._attn_implementation = ATTENTION
+            try:
+                yield
+            finally:
+                config._attn_implementation = before
 
 
 class Pass:
@@ -193,8 +215,8 @@ class Pass:
         if start == stop:
             return hidden
         stack = self.stack
-        rotary = stack.rotary(hidden[None], self.segments)
         with stack.own_attention():
+            rotary = stack.rotary(hidden[None], self.segments)
             for index in range(start, stop):
                 kinds = isinstance(rotary, dict)
                 embeddings = rotary[stack.model.config.layer_types[index]] if kinds else rotary

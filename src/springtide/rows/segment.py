@@ -57,8 +57,8 @@ class Segment:
     written to slot ``prefix + i`` of the cache. ``outputs`` of the rows, the last ones, are asked for the token that
     follows. ``policy`` (:class:`springtide.attention.policy.Policy`) says what the rows read, and ``drafter``
     (:class:`springtide.drafting.drafter.Drafter`), if any, adds rows in mid-pass; ``state`` and ``draft`` are what they
-    remember of the sequence. ``bytes_read`` counts what is read of the cache; ``meter``, if any, is called with every
-    sparse read.
+    remember of the sequence. Its first ``prefill_end`` tokens are its prompt, which is one however many segments it is
+    cut into. ``bytes_read`` counts what is read of the cache; ``meter``, if any, is called with every sparse read.
 
     The rows are those of ``tokens`` first, then those that :meth:`grow` added, which stand for no token. ``embeds`` may
     give the first rows of the sequence as vectors; their tokens then only hold their places.
@@ -74,6 +74,7 @@ class Segment:
     outputs: int = 0
     drafter: Any = None
     draft: Any = None
+    prefill_end: int = 0
     embeds: PromptEmbeds | None = None
     bytes_read: int = 0
     device: torch.device | str = "cpu"
@@ -125,7 +126,16 @@ class Segment:
     @property
     def positions(self) -> list[int]:
         """Position of each row in its sequence."""
-        return self._places if self.embeds is None else [self.embeds.position(place) for place in self._places]
+        return [self._position(place) for place in self._places]
+
+    @property
+    def reaches(self) -> list[int]:
+        """Length of the sequence at each row, in positions: a row of the prompt knows of all of it, others end it."""
+        return [self._position(max(place, self.prefill_end - 1)) + 1 for place in self._places]
+
+    def _position(self, place: int) -> int:
+        """The position of a token that ``place`` others come before."""
+        return place if self.embeds is None else self.embeds.position(place)
 
     @property
     def _places(self) -> list[int]:

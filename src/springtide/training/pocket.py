@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,9 +25,10 @@ from torch import Tensor
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from springtide.errors import SpringtideError
+from springtide.files import filling
 from springtide.training.data import BOS, DIGITS, EOS, Batch, Corpus, Mix, SampleMaker, read_corpus, train_tokenizer
 from springtide.training.running import (
-    cannot_write,
+    AGAIN,
     draw,
     interruption,
     load_checkpoint,
@@ -413,16 +412,8 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Write the bf16 model and its tokenizer into `folder`, complete before they appear there."""
-        temporary = folder.parent / f".{folder.name}.writing"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with filling(folder, AGAIN) as temporary:
             self._write_model(temporary)
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted(temporary.iterdir()):
-                os.replace(path, folder / path.name)
-            temporary.rmdir()
-        except OSError as error:
-            raise cannot_write(folder, error) from error
 
     def _write_model(self, folder: Path) -> None:
         config = self.recipe.model_config()

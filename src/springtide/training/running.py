@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import math
-import os
 import signal
 import sys
 import threading
@@ -19,8 +18,11 @@ import torch
 from tqdm import tqdm
 
 from springtide.errors import SpringtideError
+from springtide.files import replacing
 
 log = logging.getLogger(__name__)
+
+AGAIN = "make room there and run the same command again; it continues from the last checkpoint"
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
@@ -44,25 +46,8 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def write_safely(path: Path, content: bytes) -> None:
-    """Write under another name, flush to disk, then rename, so that ``path`` is always whole."""
-    temporary = path.with_name(path.name + ".writing")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
-
-
 def cannot_write(path: Path, error: OSError) -> SpringtideError:
-    return SpringtideError(
-        f"{path} cannot be written ({error.strerror}): make room there and run the same command again; "
-        "it continues from the last checkpoint."
-    )
+    return SpringtideError(f"'{path}' cannot be written ({error.strerror}); {AGAIN}.")
 
 
 # -- checkpoint -----------------------------------------------------------------------------------------------------
@@ -72,7 +57,8 @@ def save_checkpoint(path: Path, identity: Mapping[str, Any], state: Mapping[str,
     """Write a checkpoint of the run that ``identity`` tells from others; whatever goes wrong, the old one stays."""
     buffer = io.BytesIO()
     torch.save({"identity": dict(identity), **state}, buffer)
-    write_safely(path, buffer.getvalue())
+    with replacing(path, AGAIN) as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 
 def load_checkpoint(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any] | None:
@@ -148,7 +134,8 @@ def rewind(path: Path, step: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    write_safely(path, "".join(kept).encode())
+    with replacing(path, AGAIN) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def draw(picture: Path, x: str, panels: Mapping[str, Curves]) -> None:
@@ -169,7 +156,8 @@ def draw(picture: Path, x: str, panels: Mapping[str, Curves]) -> None:
     axes[-1, 0].set_xlabel(x)
     axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
     figure.tight_layout()
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    pyplot.close(figure)
-    write_safely(picture, content.getvalue())
+    try:
+        with replacing(picture, AGAIN) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+    finally:
+        pyplot.close(figure)
