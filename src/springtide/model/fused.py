@@ -6,12 +6,15 @@ projection, the residual, RMSNorm, the gated MLP, the residual. Sums are rounded
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from springtide.kernels import native
+
+if TYPE_CHECKING:
+    from springtide.kernels._cpu import Level
 
 FUSED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Architectures whose layers are pre-norm, with a SiLU-gated MLP and rotary embedding in halves."""
@@ -20,7 +23,7 @@ FUSED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 class FusedLayer:
     """A decoder layer of an architecture in ``FUSED``, on the CPU, whose weights it shares."""
 
-    def __init__(self, layer: Any, level: Any) -> None:
+    def __init__(self, layer: Any, level: Level) -> None:
         norms, matrices = _parts(layer)
         attention = layer.self_attn
         self.level = level
@@ -30,11 +33,11 @@ class FusedLayer:
         self.heads: int = matrices[0].out_features // self.head_dim
         self.kv_heads: int = matrices[1].out_features // self.head_dim
         rotary = self.head_dim if getattr(attention, "use_rope", True) else 0
-        weights: list[Tensor | None] = [None if norm is None else norm.weight for norm in norms]
-        weights += [x for m in matrices for x in (m.weight, m.bias)]
+        scales: list[Tensor | None] = [None if norm is None else norm.weight for norm in norms]
+        projections: list[tuple[Tensor, Tensor | None]] = [(m.weight, m.bias) for m in matrices]
         epsilon: float = layer.input_layernorm.variance_epsilon
-        self.block = native.block(weights, self.heads, self.kv_heads, self.head_dim, rotary, epsilon)
-        self.weights = [x for x in weights if x is not None]
+        self.native = native.layer(scales, projections, self.head_dim, rotary, epsilon)
+        self.weights = [x for x in (*scales, *(x for pair in projections for x in pair)) if x is not None]
         self.addresses = [x.data_ptr() for x in self.weights]
 
     @classmethod
@@ -63,12 +66,12 @@ class FusedLayer:
         q = hidden.new_empty(rows, self.heads, self.head_dim)
         k = hidden.new_empty(self.kv_heads, rows, self.head_dim)
         v = torch.empty_like(k)
-        native.before(self.level, self.block, hidden, cos, sin, q, k, v)
+        native.before(self.level, self.native, hidden, cos, sin, q, k, v)
         return q, k, v
 
     def after(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The layer's output from its input ``hidden [R, hidden]`` and its attention ``[R, H, D]``."""
-        return native.after(self.level, self.block, hidden, attended)
+        return native.after(self.level, self.native, hidden, attended)
 
 
 def _parts(layer: Any) -> tuple[list[Any], list[Any]]:
