@@ -265,6 +265,7 @@ def test_an_unknown_level_is_refused():
 
 def test_without_the_extension_torch_runs_after_one_warning(monkeypatch):
     monkeypatch.setattr(native, "_cpu", None)
+    monkeypatch.delenv("SPRINGTIDE_KERNELS", raising=False)
     q, k = torch.randn(1, 4, 32), torch.randn(2, 50, 32)
     expected = kernels.attend(q, k, k, 0.2)
     for function in (native.levels, native.level):

@@ -7,13 +7,16 @@ projection, the residual, RMSNorm, the gated MLP, the residual. Sums are rounded
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from springtide.kernels import native
+
+if TYPE_CHECKING:
+    pass
 
 FUSED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Architectures whose layers are pre-norm, with a SiLU-gated MLP and rotary embedding in halves."""
@@ -57,13 +60,14 @@ class FusedLayer:
         self.heads: int = matrices[0].out_features // self.head_dim
         self.kv_heads: int = matrices[1].out_features // self.head_dim
         rotary = self.head_dim if getattr(attention, "use_rope", True) else 0
-        weights: list[Tensor | None] = [None if norm is None else norm.weight for norm in norms]
-        weights += [x for m in matrices for x in (m.weight, m.bias)]
+        scales: list[Tensor | None] = [None if norm is None else norm.weight for norm in norms]
+        projections: list[tuple[Tensor, Tensor | None]] = [(m.weight, m.bias) for m in matrices]
         epsilon: float = layer.input_layernorm.variance_epsilon
-        self.block = native.block(weights, self.heads, self.kv_heads, self.head_dim, rotary, epsilon)
+        self.block = native.layer(scales, projections, self.head_dim, rotary, epsilon)
 
     def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[R, H, D]``, keys and values ``[H_kv, R, D]`` of the layer's input ``hidden [R, hidden]``."""
+        assert self.level is not None and self.block is not None
         rows = len(hidden)
         q = hidden.new_empty(rows, self.heads, self.head_dim)
         k = hidden.new_empty(self.kv_heads, rows, self.head_dim)
@@ -73,6 +77,7 @@ class FusedLayer:
 
     def after(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The layer's output from its input ``hidden [R, hidden]`` and its attention ``[R, H, D]``."""
+        assert self.level is not None and self.block is not None
         return native.after(self.level, self.block, hidden, attended)
 
 

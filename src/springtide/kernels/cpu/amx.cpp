@@ -435,6 +435,11 @@ struct TileLinear {
     return up(rows, kTile) * inputs * sizeof(bf16);
   }
 
+  static std::size_t own(std::int64_t rows) {
+    if (rows <= kFew) return 0;
+    return Arena::room<bf16>(kPanel * kInputs) + Arena::room<float>(kPanel * up(rows, kTile));
+  }
+
   // B tiles, one column's after the other's.
   static void pack(const bf16* x, std::int64_t rows, std::int64_t inputs, void* to) {
     const std::int64_t columns = (rows + kTile - 1) / kTile, depth = inputs / kDepth;
@@ -522,7 +527,7 @@ struct TileLinear {
   static void multiply_many(const Matrix& m, const bf16* x, std::int64_t rows, bf16* out) {
     const std::int64_t columns = (rows + kTile - 1) / kTile;
     Arena arena(kOwn);
-    arena.reserve(Arena::room<bf16>(kPanel * kInputs) + Arena::room<float>(kPanel * columns * kTile));
+    arena.reserve(own(rows));  // the thread has it already
     bf16* panel = arena.take<bf16>(kPanel * kInputs);
     float* sums = arena.take<float>(kPanel * columns * kTile);
 #pragma omp for schedule(dynamic) nowait

@@ -1,14 +1,17 @@
-// The Python module: levels that this machine has, and their kernels on raw addresses. Shapes are checked in Python.
+// The Python module: levels that this machine has, and their kernels on tensors. `_cpu.pyi` says what they take.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
+#include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
+#include "tensor.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -19,10 +22,7 @@
 #include <unistd.h>
 #endif
 
-namespace nb = nanobind;
 using namespace springtide;
-using Address = std::uintptr_t;
-using Size = std::int64_t;
 
 namespace {
 
@@ -53,9 +53,13 @@ std::vector<const Level*> levels() {
 }
 
 // Let Linux put memory on pages of 2 MB, which are read up to a third faster; what is there already is moved if `now`.
-void huge_pages(Address address, Size bytes, bool now) {
+void huge_pages(nb::handle tensor, bool now) {
 #ifdef __linux__
+  const Tensor x = Tensor("tensor", tensor).contiguous();
+  using Address = std::uintptr_t;
   constexpr Address kPage = 2 << 20;
+  const Address address = reinterpret_cast<Address>(x.data()), bytes = nb::cast<Address>(tensor.attr("nbytes"));
+  nb::gil_scoped_release nogil;
   constexpr int kCollapse = 25;  // MADV_COLLAPSE
   const Address first = (address + kPage - 1) / kPage * kPage, last = (address + bytes) / kPage * kPage;
   if (first >= last) return;
@@ -65,92 +69,242 @@ void huge_pages(Address address, Size bytes, bool now) {
 #endif
 }
 
-template <class P>
-P* at(Address address) {
-  return reinterpret_cast<P*>(address);
+// A tensor, or nothing for None.
+class Maybe {
+ public:
+  Maybe(const char* name, nb::handle object) {
+    if (!object.is_none()) new (&tensor_) Tensor(name, object), there_ = true;
+  }
+
+  explicit operator bool() const { return there_; }
+  const Tensor* operator->() const { return &tensor_; }
+
+  template <class P = void>
+  P* data() const {
+    return there_ ? tensor_.data<P>() : nullptr;
+  }
+
+ private:
+  union {
+    Tensor tensor_;
+  };
+  bool there_ = false;
+};
+
+void require(bool holds, const char* sentence) {
+  if (!holds) wrong_value(sentence);
 }
 
+// Runs a kernel without Python's lock.
+template <class F>
+void unlocked(F&& kernel) {
+  nb::gil_scoped_release nogil;
+  kernel();
+}
+
+// Rows of query heads [R, H, D] and the KV heads' slots [H_kv, L, D] that they read.
+Tensor queries(nb::handle q, const Tensor& k) {
+  Tensor x("q", q);
+  x.shaped({Tensor::kAny, Tensor::kAny, k.size(2)}).contiguous(2);
+  require(x.size(1) > 0 && x.size(1) % k.size(0) == 0, "q must have a multiple of the KV heads as heads.");
+  return x;
+}
+
+Tensor slots(const char* name, nb::handle x) {
+  Tensor tensor(name, x);
+  tensor.half();
+  tensor.shaped({Tensor::kAny, Tensor::kAny, Tensor::kAny}).contiguous(1);
+  if (tensor.elements() == 0) wrong_value(std::string(name) + " is empty.");
+  return tensor;
+}
+
+Visible visible(Size rows, Size length, Size prefix, const Maybe& low, const Maybe& tail) {
+  require(0 <= prefix && prefix <= length, "prefix must be between 0 and the number of slots.");
+  if (low) low->of(Type::int32).shaped({rows}).contiguous();
+  if (tail) tail->of(Type::boolean).shaped({rows, length - prefix}).contiguous();
+  return {prefix, low.data<std::int32_t>(), tail.data<std::uint8_t>()};
+}
+
+void within(const Tensor& index, Size length) {
+  const std::int64_t* at = index.data<std::int64_t>();
+  bool beyond = false;
+  for (Size i = 0, count = index.elements(); i < count; i++)
+    beyond |= static_cast<std::uint64_t>(at[i]) >= static_cast<std::uint64_t>(length);
+  require(!beyond, "index names slots that are not there.");
+}
+
+void attend(const Level& level, nb::handle q, nb::handle k, nb::handle v, nb::handle out, float scale, float softcap,
+            Size prefix, nb::handle low, nb::handle tail, nb::handle index, nb::handle mask, nb::handle mean_k,
+            nb::handle mean_v, float weight, int threads) {
+  const Tensor keys = slots("k", k), values = slots("v", v), x = queries(q, keys), result("out", out);
+  const Size rows = x.size(0), heads = x.size(1), kv_heads = keys.size(0), length = keys.size(1), dim = keys.size(2);
+  x.of(keys.type());
+  values.of(keys.type()).shaped({kv_heads, length, dim});
+  result.of(keys.type()).shaped({rows, heads, dim}).contiguous();
+  const Maybe lowest("low", low), later("tail", tail), chosen("index", index), shown("mask", mask);
+  const Maybe more_k("mean_k", mean_k), more_v("mean_v", mean_v);
+  require(threads > 0, "threads must be positive.");
+  Attend a{x.data(), keys.data(), values.data(), result.data(), rows, heads, kv_heads, dim, length,
+           x.stride(0), x.stride(1), keys.stride(0), values.stride(0), scale, softcap, {}, chosen.data<std::int64_t>(),
+           shown.data<std::uint8_t>(), 0, more_k.data(), more_v.data(), 0, 0, 0, weight, threads};
+  if (chosen) {
+    chosen->of(Type::int64).shaped({rows, kv_heads, Tensor::kAny}).contiguous();
+    a.budget = chosen->size(2);
+    within(*chosen.operator->(), length);
+    if (shown) shown->of(Type::boolean).shaped({rows, kv_heads, a.budget}).contiguous();
+    require(bool(more_k) == bool(more_v), "mean_k and mean_v come together.");
+    if (more_k) {
+      a.means = more_k->size(1);
+      more_k->of(keys.type()).shaped({kv_heads, Tensor::kAny, dim}).contiguous(1);
+      more_v->of(keys.type()).shaped({kv_heads, a.means, dim}).contiguous(1);
+      a.mean_k_head = more_k->stride(0), a.mean_v_head = more_v->stride(0);
+      require(weight >= 1, "weight must be at least 1.");
+    }
+    require(a.budget + a.means > 0, "index is empty.");
+  } else {
+    require(!shown && !more_k && !more_v, "mask and means go with an index.");
+    a.visible = visible(rows, length, prefix, lowest, later);
+  }
+  if (rows > 0) unlocked([&] { level.attend[keys.half()](a); });
+}
+
+void choose(const Level& level, nb::handle q, nb::handle k, nb::handle index, Size sinks, Size recent, float scale,
+            float softcap, Size prefix, nb::handle tail, nb::handle positions, bool largest, bool joined,
+            int threads) {
+  const Tensor keys = slots("k", k), x = queries(q, keys), chosen("index", index), places("positions", positions);
+  const Size rows = x.size(0), kv_heads = keys.size(0), length = keys.size(1);
+  x.of(keys.type());
+  chosen.of(Type::int64).shaped({rows, kv_heads, Tensor::kAny}).contiguous();
+  places.of(Type::int32).shaped({rows}).contiguous();
+  const Maybe later("tail", tail);
+  require(chosen.size(2) <= length, "index has room for more slots than there are.");
+  require(prefix + rows <= length, "prefix and rows are more than the slots.");
+  require(threads > 0, "threads must be positive.");
+  const Select s{x.data(), keys.data(), chosen.data<std::int64_t>(), rows, x.size(1), kv_heads, keys.size(2), length,
+                 chosen.size(2), sinks, recent, x.stride(0), x.stride(1), keys.stride(0), scale, softcap,
+                 visible(rows, length, prefix, Maybe("low", nb::none()), later), places.data<std::int32_t>(), largest,
+                 joined, threads};
+  if (chosen.elements() > 0) unlocked([&] { level.select[keys.half()](s); });
+}
+
+// A projection: its weight [outputs, inputs] and bias.
+Matrix matrix(const char* name, nb::handle weight, nb::handle bias) {
+  const Tensor w(name, weight);
+  w.half();
+  w.shaped({Tensor::kAny, Tensor::kAny}).contiguous();
+  if (w.elements() == 0) wrong_value(std::string(name) + " is empty.");
+  const Maybe b("bias", bias);
+  if (b) b->of(w.type()).shaped({w.size(0)}).contiguous();
+  return {w.data(), b.data(), w.size(0), w.size(1)};
+}
+
+void linear(const Level& level, nb::handle weight, nb::handle bias, nb::handle x, nb::handle out, int threads) {
+  const Matrix m = matrix("weight", weight, bias);
+  const Tensor input("x", x), result("out", out);
+  const Type type = Tensor("weight", weight).type();
+  input.of(type).shaped({Tensor::kAny, m.inputs}).contiguous();
+  result.of(type).shaped({input.size(0), m.outputs}).contiguous();
+  require(threads > 0, "threads must be positive.");
+  if (input.size(0) > 0)
+    unlocked([&] { level.linear[input.half()](m, input.data(), result.data(), input.size(0), threads); });
+}
+
+// What surrounds a layer's attention, and the type of its weights. The caller keeps the tensors.
+struct Layer : Block {
+  Type type;
+
+  Layer(nb::handle input_norm, nb::handle output_norm, nb::handle q_norm, nb::handle k_norm,
+        const std::vector<std::pair<nb::object, nb::object>>& projections, Size head_dim, Size turned, float e) {
+    require(projections.size() == 7, "a layer has seven projections: q, k, v, o, gate, up and down.");
+    const char* names[] = {"q", "k", "v", "o", "gate", "up", "down"};
+    Matrix* matrices[] = {&q, &k, &v, &o, &gate, &up, &down};
+    type = Tensor("q", projections[0].first).type();
+    for (int i = 0; i < 7; i++) {
+      *matrices[i] = matrix(names[i], projections[i].first, projections[i].second);
+      Tensor(names[i], projections[i].first).of(type);
+    }
+    hidden = q.inputs, dim = head_dim, rotary = turned, epsilon = e;
+    require(dim > 0 && q.outputs % dim == 0 && k.outputs % dim == 0, "projections do not make up whole heads.");
+    heads = q.outputs / dim, kv_heads = k.outputs / dim;
+    require(heads % kv_heads == 0, "there must be a multiple of the KV heads as heads.");
+    require(0 <= rotary && rotary <= dim && rotary % 2 == 0, "rotary must be even and at most the heads' size.");
+    const Size inner = gate.outputs;
+    const Size wanted[7][2] = {{q.outputs, hidden}, {k.outputs, hidden}, {k.outputs, hidden}, {hidden, q.outputs},
+                               {inner, hidden},     {inner, hidden},     {hidden, inner}};
+    for (int i = 0; i < 7; i++) Tensor(names[i], projections[i].first).shaped({wanted[i][0], wanted[i][1]});
+    this->input_norm = norm("input_norm", input_norm, hidden);
+    this->output_norm = norm("output_norm", output_norm, hidden);
+    this->q_norm = q_norm.is_none() ? nullptr : norm("q_norm", q_norm, dim);
+    this->k_norm = k_norm.is_none() ? nullptr : norm("k_norm", k_norm, dim);
+  }
+
+ private:
+  const void* norm(const char* name, nb::handle weight, Size size) const {
+    return Tensor(name, weight).of(type).shaped({size}).contiguous().data();
+  }
+};
+
+void before(const Level& level, const Layer& layer, nb::handle x, nb::handle cos, nb::handle sin, nb::handle q,
+            nb::handle k, nb::handle v, int threads) {
+  const Tensor input("x", x), turn("cos", cos), shift("sin", sin), q_("q", q), k_("k", k), v_("v", v);
+  const Size rows = input.of(layer.type).shaped({Tensor::kAny, layer.hidden}).contiguous().size(0);
+  if (layer.rotary > 0)
+    for (const Tensor* angle : {&turn, &shift}) angle->of(layer.type).shaped({rows, layer.rotary}).contiguous();
+  q_.of(layer.type).shaped({rows, layer.heads, layer.dim}).contiguous();
+  for (const Tensor* own : {&k_, &v_}) own->of(layer.type).shaped({layer.kv_heads, rows, layer.dim}).contiguous();
+  require(threads > 0, "threads must be positive.");
+  if (rows > 0)
+    unlocked([&] {
+      level.before[input.half()](layer, input.data(), turn.data(), shift.data(), q_.data(), k_.data(), v_.data(), rows,
+                                 threads);
+    });
+}
+
+void after(const Level& level, const Layer& layer, nb::handle x, nb::handle attention, nb::handle out, int threads) {
+  const Tensor input("x", x), attended("attention", attention), result("out", out);
+  const Size rows = input.of(layer.type).shaped({Tensor::kAny, layer.hidden}).contiguous().size(0);
+  attended.of(layer.type).shaped({rows, layer.heads, layer.dim}).contiguous();
+  result.of(layer.type).shaped({rows, layer.hidden}).contiguous();
+  require(threads > 0, "threads must be positive.");
+  if (rows > 0)
+    unlocked([&] { level.after[input.half()](layer, input.data(), attended.data(), result.data(), rows, threads); });
+}
 
 }  // namespace
 
 NB_MODULE(_cpu, m) {
+  using namespace nb::literals;
   nb::set_leak_warnings(false);  // levels live as long as the process
   m.def("levels", [] {
     std::vector<std::string> names;
     for (const Level* level : levels()) names.emplace_back(level->name);
     return names;
   });
+  m.def("huge_pages", huge_pages, "tensor"_a, "now"_a);
 
-  m.def("huge_pages", huge_pages, nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<Layer>(m, "Layer")
+      .def(nb::init<nb::handle, nb::handle, nb::handle, nb::handle,
+                    const std::vector<std::pair<nb::object, nb::object>>&, Size, Size, float>(),
+           "input_norm"_a, "output_norm"_a, "q_norm"_a.none(), "k_norm"_a.none(), "projections"_a, "head_dim"_a,
+           "rotary"_a, "epsilon"_a);
 
-  nb::class_<Block>(m, "Block")
-      .def("__init__",
-           [](Block* b, Address input_norm, Address output_norm, Address q_norm, Address k_norm,
-              const std::vector<std::vector<Address>>& matrices, Size heads, Size kv_heads, Size dim, Size hidden,
-              Size rotary, float epsilon) {
-             auto matrix = [&](int i) {
-               const auto& x = matrices.at(i);
-               return Matrix{at<void>(x.at(0)), at<void>(x.at(1)), Size(x.at(2)), Size(x.at(3))};
-             };
-             new (b) Block{at<void>(input_norm), at<void>(output_norm), at<void>(q_norm), at<void>(k_norm),
-                           matrix(0), matrix(1), matrix(2), matrix(3), matrix(4), matrix(5), matrix(6),
-                           heads, kv_heads, dim, hidden, rotary, epsilon};
-           });
-
-  using nogil = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<Level>(m, "Level")
       .def_prop_ro("name", [](const Level& level) { return level.name; })
-      .def("attend",
-           [](const Level& level, bool half, Address q, Address k, Address v, Address out, Size rows, Size heads,
-              Size kv_heads, Size dim, Size length, Size q_row, Size q_head, Size k_head, Size v_head, float scale,
-              float softcap, Size prefix, Address low, Address tail, Address index, Address mask, Size budget,
-              Address mean_k, Address mean_v, Size means, Size mean_k_head, Size mean_v_head, float weight,
-              int threads) {
-             level.attend[half]({at<void>(q), at<void>(k), at<void>(v), at<void>(out), rows, heads, kv_heads, dim,
-                                 length, q_row, q_head, k_head, v_head, scale, softcap,
-                                 {prefix, at<std::int32_t>(low), at<std::uint8_t>(tail)},
-                                 at<std::int64_t>(index), at<std::uint8_t>(mask), budget, at<void>(mean_k),
-                                 at<void>(mean_v), means, mean_k_head, mean_v_head, weight, threads});
-           },
-           nogil())
-      .def("select",
-           [](const Level& level, bool half, Address q, Address k, Address index, Size rows, Size heads, Size kv_heads,
-              Size dim, Size length, Size budget, Size sinks, Size recent, Size q_row, Size q_head, Size k_head,
-              float scale, float softcap, Size prefix, Address tail, Address positions, bool largest, bool joined,
-              int threads) {
-             level.select[half]({at<void>(q), at<void>(k), at<std::int64_t>(index), rows, heads, kv_heads, dim, length,
-                                 budget, sinks, recent, q_row, q_head, k_head, scale, softcap,
-                                 {prefix, nullptr, at<std::uint8_t>(tail)},
-                                 at<std::int32_t>(positions), largest, joined, threads});
-           },
-           nogil())
-      .def("linear",
-           [](const Level& level, bool half, Address weight, Address bias, Size outputs, Size inputs, Address x,
-              Address out, Size rows, int threads) {
-             level.linear[half]({at<void>(weight), at<void>(bias), outputs, inputs}, at<void>(x), at<void>(out), rows,
-                                threads);
-           },
-           nogil())
-      .def("before",
-           [](const Level& level, bool half, const Block& block, Address x, Address cos, Address sin, Address q,
-              Address k, Address v, Size rows, int threads) {
-             level.before[half](block, at<void>(x), at<void>(cos), at<void>(sin), at<void>(q), at<void>(k), at<void>(v),
-                                rows, threads);
-           },
-           nogil())
-      .def("after",
-           [](const Level& level, bool half, const Block& block, Address x, Address attention, Address out, Size rows,
-              int threads) {
-             level.after[half](block, at<void>(x), at<void>(attention), at<void>(out), rows, threads);
-           },
-           nogil());
+      .def("attend", attend, nb::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "scale"_a, "softcap"_a, "prefix"_a,
+           "low"_a.none(), "tail"_a.none(), "index"_a.none(), "mask"_a.none(), "mean_k"_a.none(), "mean_v"_a.none(),
+           "weight"_a, "threads"_a)
+      .def("select", choose, nb::kw_only(), "q"_a, "k"_a, "index"_a, "sinks"_a, "recent"_a, "scale"_a, "softcap"_a,
+           "prefix"_a, "tail"_a.none(), "positions"_a, "largest"_a, "joined"_a, "threads"_a)
+      .def("linear", linear, nb::kw_only(), "weight"_a, "bias"_a.none(), "x"_a, "out"_a, "threads"_a)
+      .def("before", before, "layer"_a, nb::kw_only(), "x"_a, "cos"_a, "sin"_a, "q"_a, "k"_a, "v"_a, "threads"_a)
+      .def("after", after, "layer"_a, nb::kw_only(), "x"_a, "attention"_a, "out"_a, "threads"_a);
 
   m.def(
       "level",
       [](const std::string& name) {
         for (const Level* level : levels())
           if (name == level->name) return level;
-        throw std::invalid_argument("this machine has no level " + name);
+        wrong_value("this machine has no level " + name + ".");
       },
-      nb::rv_policy::reference);
+      nb::rv_policy::reference, "name"_a);
 }
