@@ -46,8 +46,9 @@ def rows():
     return since
 
 
-def engine(policy="dense", name="qwen3", **options):
-    return Engine(tiny(name, torch.float64), policy=policy, **options)
+def engine(policy="dense", name="qwen3", drafter=None, adaptive=True, **overrides):
+    model = (tiny.__wrapped__ if "rope_parameters" in overrides else tiny)(name, torch.float64, **overrides)
+    return Engine(model, policy=policy, drafter=drafter, adaptive=adaptive)
 
 
 def ask(session, prompt, count=6, **options):
@@ -110,6 +111,24 @@ def test_what_runs_is_lent_too(rows):
     assert first.output == engine().generate(DOCUMENT, max_tokens=50).token_ids, "nobody writes to what is shared"
 
 
+@pytest.mark.parametrize(("kind", "shared"), [("longrope", 0), ("dynamic", 0), ("default", 60)])
+def test_rows_that_were_turned_otherwise_are_not_lent(kind, shared):
+    """A longer prompt has other rotary frequencies, from its first row on."""
+    parameters = {"rope_type": kind, "rope_theta": 10000.0}
+    if kind == "longrope":
+        parameters |= {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
+        parameters |= {"original_max_position_embeddings": 64, "factor": 8.0}
+    if kind == "dynamic":
+        parameters["factor"] = 4.0
+    limits = {"max_position_embeddings": 64} if kind == "dynamic" else {}
+    under = engine("dense", "llama", rope_parameters=parameters, **limits)
+    session, longer = under.session(), [*DOCUMENT, *random_tokens(20, seed=1)]
+    ask(session, DOCUMENT, 2)
+    expected = under.generate(longer, max_tokens=6).token_ids
+    request = ask(session, longer)
+    assert request.output == expected and request.lent == shared
+
+
 def test_drafters_and_samplings_may_differ():
     session = engine(drafter=Lookup(), adaptive=False).session()
     ask(session, DOCUMENT)
@@ -152,7 +171,7 @@ def test_the_least_recently_used_goes_first():
     session = under.session()
     texts = [random_tokens(40, seed=seed) for seed in range(3)]
     size = under.stack.read(texts[0]).nbytes
-    session._memory = Memory(2 * size)
+    session._memory = Memory(under.stack.spec.rope, 2 * size)
     for number in (0, 1, 0, 2):
         ask(session, texts[number])
         assert session._memory.nbytes <= 2 * size

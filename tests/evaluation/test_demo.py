@@ -34,7 +34,7 @@ def test_answers_are_shown_as_they_are(monkeypatch, capsys):
     def bracketed(self, sequences):
         yield from run(self, sequences)
         for sequence in sequences:
-            sequence.text = "[/red] [bold]x"
+            sequence.writer.text = "[/red] [bold]x"
 
     monkeypatch.setattr(Engine, "run", bracketed)
     demo.demo(engine(), BOOK)

@@ -170,13 +170,13 @@ def test_temperatures_and_texts_have_rows_of_their_own(engine):
 
 
 class Loud(Drafter):
-    """Spoils what the target computes while it decodes."""
+    """Spoils what the target has cached."""
 
     name = "loud"
 
-    def forward(self, step, layers):
-        hidden = super().forward(step, layers)
-        return hidden.flip(1) if step.segments[0].decoding else hidden
+    def commit(self, segment, hidden, kept):
+        keys, values = segment.cache.read(0, 0, segment.prefix + 1)
+        segment.cache.write(0, 0, keys, -values)
 
 
 def test_a_drafter_that_changes_the_output_is_found_out(engine):

@@ -12,27 +12,34 @@ from numpy.typing import NDArray
 from springtide.engine.request import Request
 from springtide.rows.cache import Cache
 from springtide.rows.segment import PromptEmbeds
+from springtide.rows.spec import Rope
 
 LEAST = 256  # tokens that are worth sharing
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Tokens whose rows are as a dense pass writes them, and the cache that holds them."""
+    """Tokens, and the cache that holds their rows as a dense pass writes them.
+
+    ``embeds`` gives the first rows as vectors; ``reach`` is the length that rotary frequencies were for, see ``Rope``.
+    """
 
     tokens: NDArray[np.int64]
     cache: Cache
     embeds: PromptEmbeds | None
+    reach: int
 
     @classmethod
-    def of(cls, request: Request) -> Prefix:
-        """What others may take over of a request."""
-        tokens = request.tokens[: request.cache.exact]
-        return cls(np.array(tokens, dtype=np.int64), request.cache, request.embeds)
+    def of(cls, request: Request, count: int, rope: Rope) -> Prefix:
+        """The first ``count`` tokens of a request, of its prompt alone where frequencies depend on the length."""
+        count = min(count, request.prefill_end) if rope.trained else count
+        tokens = np.array(request.tokens[:count], dtype=np.int64)
+        gaps = 0 if request.embeds is None else request.embeds.gaps
+        return cls(tokens, request.cache, request.embeds, rope.shortest(request.prefill_end + gaps))
 
     def common(self, other: Prefix) -> int:
-        """How many tokens both begin with."""
-        if self.embeds is not other.embeds:
+        """How many tokens both begin with, whose rows are the same."""
+        if self.embeds is not other.embeds or self.reach != other.reach:
             return 0
         count = min(len(self.tokens), len(other.tokens))
         differs = self.tokens[:count] != other.tokens[:count]
@@ -45,14 +52,15 @@ class Memory:
     ``most``: bytes of it (default: a quarter of the machine's memory).
     """
 
-    def __init__(self, most: int | None = None) -> None:
+    def __init__(self, rope: Rope, most: int | None = None) -> None:
+        self.rope = rope
         self.most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 if most is None else most
         self._kept: list[Prefix] = []  # the most recently used last
 
     def lend(self, request: Request, running: Iterable[Request]) -> None:
         """Give a request, of which nothing was computed yet, the rows of one that ended or runs and begins alike."""
-        wanted = Prefix(np.array(request.tokens[: request.shareable], dtype=np.int64), request.cache, request.embeds)
-        others = [*self._kept, *(Prefix.of(other) for other in running if other is not request)]
+        wanted = Prefix.of(request, request.shareable, self.rope)
+        others = [*self._kept, *(self._of(other) for other in running if other is not request)]
         common = [wanted.common(other) for other in others]
         best = max(range(len(others)), key=common.__getitem__, default=0)
         if not others or common[best] < LEAST:
@@ -64,7 +72,7 @@ class Memory:
 
     def keep(self, request: Request) -> None:
         """Take over what a request that ended leaves to others."""
-        own = Prefix.of(request)
+        own = self._of(request)
         own.cache.crop(len(own.tokens))
         request.release()
         if len(own.tokens) < LEAST:
@@ -74,6 +82,9 @@ class Memory:
             self._kept.append(own)
         while self._kept and self.nbytes > self.most:
             del self._kept[0]
+
+    def _of(self, request: Request) -> Prefix:
+        return Prefix.of(request, request.cache.exact, self.rope)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -35,7 +35,7 @@ class Session:
     def __init__(self, loop: Loop, start: Callable[..., Request], max_requests: int) -> None:
         self._loop, self._start = loop, start
         self._scheduler = Scheduler(max_requests)
-        self._memory = Memory()
+        self._memory = Memory(loop.stack.spec.rope)
         self._own: set[Request] = set()  # requests whose caches are the session's
 
     def add(self, prompt: str | Sequence[int], **options: Any) -> Request:

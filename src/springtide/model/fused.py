@@ -7,16 +7,13 @@ projection, the residual, RMSNorm, the gated MLP, the residual. Sums are rounded
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from springtide.kernels import native
-
-if TYPE_CHECKING:
-    pass
 
 FUSED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Architectures whose layers are pre-norm, with a SiLU-gated MLP and rotary embedding in halves."""

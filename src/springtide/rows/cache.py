@@ -71,7 +71,7 @@ class Cache:
         twin, length = Cache(self.layers), self.length if length is None else length
         twin.length, twin.exact = length, min(self.exact, length)
         for layer, buffer in enumerate(self._buffers):
-            if buffer is not None:
+            if buffer is not None and length:
                 twin.write(layer, 0, *self.read(layer, 0, length))
         return twin
 
