@@ -21,13 +21,13 @@ def test_needle(run, calibrated, book, tmp_path):
     )
     assert (result.code, result.err) == (0, "")
     rows = json.loads((tmp_path / "out.json").read_text())
-    names = ["policy", "budget", "length", "depth", "trials", "exact_match", "task", "exact_match_se", "of_dense"]
+    names = ["policy", "budget", "length", "depth", "questions", "exact_match", "task", "exact_match_se", "of_dense"]
     names += ["of_dense_se", "agreement", "agreement_se", "kl", "kl_se", "complete"]
     assert all(list(row) == names for row in rows)
     measured = [("dense", None), ("tidal", 32), ("tidal", 64), ("streaming", 32), ("streaming", 64)]
     assert {(row["policy"], row["budget"]) for row in rows} == set(measured)
     assert [row["depth"] for row in rows] == [0.1, 0.3, 0.5, 0.7, 0.9, None] * len(measured) * 2
-    assert all(row["trials"] == (5 if row["depth"] is None else 1) for row in rows)
+    assert all(row["questions"] == (5 if row["depth"] is None else 1) for row in rows)
     assert all(row["kl"] == 0 for row in rows if row["policy"] == "dense")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert [line.split()[:2] for line in result.out.splitlines()[-10:-5]] == [["single", name] for name, _ in measured]

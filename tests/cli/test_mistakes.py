@@ -135,28 +135,41 @@ def test_text_that_is_not_utf8(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "parts"),
     [
-        ["generate", "Hi", "--max-tokens", "many"],
-        ["generate", "Hi", "--nosuch"],
-        ["generate", "Hi", "there"],
-        ["calibrate", "--prompts", "0"],
-        ["calibrate", "--trials", "0"],
-        ["eval", "needle", "--trials", "0"],
-        ["eval", "ppl", "--windows", "0"],
-        ["eval", "ppl", "--length", "long"],
-        ["eval", "drafts", "--prompts", "0"],
-        ["eval", "drafts", "--max-tokens", "1"],
-        ["generate", "Hi", "--accept", "mostly"],
-        ["train", "pocket"],
-        ["nosuch"],
+        (["generate", "Hi", "--max-tokens", "many"], ["--max-tokens", "valid integer"]),
+        (["generate", "Hi", "--nosuch"], ["--nosuch"]),
+        (["generate", "Hi", "there"], ["there"]),
+        (["calibrate", "--prompts", "0"], ["--prompts", "1"]),
+        (["calibrate", "--trials", "0"], ["--trials", "1"]),
+        (["eval", "needle", "--trials", "0"], ["--trials", "1"]),
+        (["eval", "ppl", "--windows", "0"], ["--windows", "1"]),
+        (["eval", "ppl", "--length", "long"], ["--length", "valid integer"]),
+        (["eval", "drafts", "--prompts", "0"], ["--prompts", "1"]),
+        (["eval", "drafts", "--max-tokens", "1"], ["--max-tokens", "2"]),
+        (["train", "medusa", "--out", "x", "--heads", "9"], ["--heads", "8"]),
+        (["generate", "Hi", "--accept", "mostly"], ["--accept", "exact", "typical"]),
+        (["convert", "medusa", "--from", "x", "--to", "y"], ["--format", "original", "vllm", "springtide"]),
+        (["train", "pocket"], ["--corpus"]),
+        (["nosuch"], ["nosuch"]),
     ],
 )
 @pytest.mark.usefixtures("no_loading")
-def test_what_the_option_parser_rejects(run, arguments):
-    result = run(*arguments)
+def test_what_the_option_parser_rejects(run, arguments, parts):
+    run(*arguments).refused(*parts)
+
+
+def test_a_command_that_is_nearly_one(run):
+    result = run("eval", "need")
     assert (result.code, result.out) == (2, "")
-    assert "Traceback" not in result.err and result.err
+    assert result.err == "springtide: No such command 'need'. Did you mean 'needle'?\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["eval"]])
+def test_no_verb_shows_them_all(run, arguments):
+    result = run(*arguments)
+    assert (result.code, result.err) == (2, "")
+    assert result.out.strip() == run(*arguments, "--help").out.strip() and "eval" in result.out
 
 
 def lose(name: str) -> Callable[[Path], object]:

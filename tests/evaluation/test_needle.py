@@ -265,9 +265,9 @@ def cells_of(engine, monkeypatch, scores) -> list[Cell]:
 
 def test_cells_of_scores_that_are_known(engine, monkeypatch):
     first, second, both = cells_of(engine, monkeypatch, SCORES)
-    for cell, depth, trials in ((first, 0.1, 2), (second, 0.5, 4), (both, None, 6)):
+    for cell, depth, questions in ((first, 0.1, 2), (second, 0.5, 4), (both, None, 6)):
         assert (cell.policy, cell.budget, cell.length, cell.task) == ("tidal", 32, LENGTH, "made")
-        assert (cell.depth, cell.trials) == (depth, trials)
+        assert (cell.depth, cell.questions) == (depth, questions)
     # Contexts have 1 and 0 of the first depth's questions right, 0 and 1 of the second's, 1/3 and 2/3 of all.
     assert [cell.exact_match for cell in (first, second, both)] == [0.5, 0.5, 0.5]
     assert [cell.exact_match_se for cell in (first, second)] == [pytest.approx(0.5)] * 2
@@ -290,7 +290,7 @@ def test_cells_of_one_context_without_dense_answers(engine, monkeypatch):
 def test_table(engine, monkeypatch):
     cells = cells_of(engine, monkeypatch, SCORES)
     cells[0] = replace(cells[0], exact_match=0.25)
-    row = {"task": "made", "policy": "tidal", "budget": 32, "length": LENGTH, "trials": 6, "worst_depth": 0.25}
+    row = {"task": "made", "policy": "tidal", "budget": 32, "length": LENGTH, "questions": 6, "worst_depth": 0.25}
     row |= {"exact": "0.500±0.167", "of_dense": "0.750±0.250", "agree": "0.583±0.083", "KL": "0.2500±0.0500"}
     assert table(cells) == [row]
     lone = replace(cells[2], of_dense=None, of_dense_se=None, kl_se=None)
@@ -307,7 +307,7 @@ def test_cells(engine, haystack):
     assert len(cells) == 2 * 2 * 2 * (len(DEPTHS) + 1)
     assert {(c.policy, c.budget) for c in cells} == {("dense", None), ("tidal", 32)}
     assert {(c.length, c.task) for c in cells} == {(n, task) for n in (LENGTH, 500) for task in ("single", "again")}
-    assert {(c.depth, c.trials) for c in cells} == {*((depth, 2) for depth in DEPTHS), (None, 10)}
+    assert {(c.depth, c.questions) for c in cells} == {*((depth, 2) for depth in DEPTHS), (None, 10)}
     assert all((c.kl, c.agreement, c.kl_se) == (0, 1, 0) for c in cells if c.policy == "dense")
     assert all(c.kl > 0 for c in cells if c.policy == "tidal")
 
@@ -318,7 +318,7 @@ def test_cells_of_what_is_done_so_far(engine, haystack):
     for done, cells in enumerate(steps, start=1):
         lengths = [LENGTH] if done <= 2 else [LENGTH, 500]
         assert list(dict.fromkeys(cell.length for cell in cells())) == lengths
-        assert {cell.trials for cell in cells() if cell.depth and cell.length == lengths[-1]} == {(done - 1) % 2 + 1}
+        assert {cell.questions for cell in cells() if cell.depth and cell.length == lengths[-1]} == {(done - 1) % 2 + 1}
 
 
 def test_variants_of_a_policy_have_names_of_their_own(engine, haystack):

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -107,10 +107,19 @@ def main() -> None:
         if sys.stdout is None:
             raise SpringtideError("Standard output is closed; send it to a file, or to /dev/null.")
         with _written_out():
-            app()
+            code = app(standalone_mode=False)  # in which mode it raises what it would print in a box
+        sys.exit(code or 0)
+    except typer.TyperException as error:
+        _refuse(" ".join(error.format_message().split()))
     except SpringtideError as error:
-        print(f"springtide: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+
+
+def _refuse(message: str) -> NoReturn:
+    """End the command with what is wrong; an empty message is of a verb without arguments, which printed its help."""
+    if message:
+        print(f"springtide: {message}" + ("" if message.endswith((".", "?")) else "."), file=sys.stderr)
+    sys.exit(2)
 
 
 @contextmanager

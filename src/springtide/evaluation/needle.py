@@ -68,7 +68,7 @@ class Trial:
 class Cell:
     """What one policy made of a task's questions at one length and depth, or at all depths together (None).
 
-    ``trials``: how many questions. ``exact_match``: share of them whose answer greedy decoding would have written;
+    ``questions``: how many. ``exact_match``: share of them whose answer greedy decoding would have written;
     ``of_dense``: that share over dense attention's on the same questions, None where dense has none right.
     ``agreement``: share of the answers' tokens for which the most probable token is dense's. ``kl``: mean KL divergence
     of the predictions for these tokens from dense ones, nats a token. Each with its standard error, None for a single
@@ -79,7 +79,7 @@ class Cell:
     budget: int | None
     length: int
     depth: float | None
-    trials: int
+    questions: int
     exact_match: float
     task: str
     exact_match_se: float | None
@@ -328,7 +328,7 @@ def _cells(task: str, policies: Sequence[Policy], length: int, found: Sequence[t
                 budget=policy.budget_at(length),
                 length=length,
                 depth=depth,
-                trials=chosen.shape[0] * chosen.shape[1],
+                questions=chosen.shape[0] * chosen.shape[1],
                 exact_match=exact_match,
                 task=task,
                 exact_match_se=exact_match_se,
@@ -365,7 +365,7 @@ def table(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "policy": cell.policy,
                 "budget": cell.budget,
                 "length": cell.length,
-                "trials": cell.trials,
+                "questions": cell.questions,
                 "exact": _shown(cell.exact_match, cell.exact_match_se),
                 "of_dense": _shown(cell.of_dense, cell.of_dense_se),
                 "agree": _shown(cell.agreement, cell.agreement_se),
