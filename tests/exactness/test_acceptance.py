@@ -13,12 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from springtide.drafting.accept import Accepted, accept
+from springtide.drafting import accept as module
+from springtide.drafting.accept import Accepted, Draft
 from springtide.drafting.lookup import Lookup
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
 from springtide.errors import SpringtideError
-from springtide.rows.sampling import Sampling, distribution, filtered
+from springtide.rows.sampling import Place, Sampling, Seen, distribution
 from springtide.rows.segment import PREFIX
 from statistic import g_test
 from stepping import check_cache, steps
@@ -56,6 +57,10 @@ def logits_for(*tokens):
     return torch.nn.functional.one_hot(torch.tensor(tokens), VOCAB).double()
 
 
+def accept(tree, logits, sampling, committed):
+    return module.accept([Draft(tree, logits, sampling, Seen(committed))])[0]
+
+
 # Exact
 
 
@@ -73,19 +78,19 @@ def accept_resampling(tree, probabilities, random):
 
 
 def toy_strings(rule, draws=DRAWS):
-    """How often each string of three tokens comes after token 0; ``rule(tree, committed, draw) -> Accepted``."""
-    counts = Counter()
-    for draw in range(draws):
-        history = [0]
-        while len(history) < 4:
-            history += rule(toy_tree(history[-1], len(history)), history, draw).tokens
-        counts[tuple(history[1:4])] += 1
-    return counts
+    """How often each string of three tokens comes after token 0; ``rule(trees, histories, draws) -> [Accepted]``."""
+    histories = [[0] for _ in range(draws)]
+    while short := [draw for draw, history in enumerate(histories) if len(history) < 4]:
+        own = [histories[draw] for draw in short]
+        trees = [toy_tree(history[-1], len(history)) for history in own]
+        for history, accepted in zip(own, rule(trees, own, short), strict=True):
+            history += accepted.tokens
+    return Counter(tuple(history[1:4]) for history in histories)
 
 
 def nucleus():
     """Probabilities of the next token, after each token."""
-    return [filtered(row / NUCLEUS["temperature"], Sampling(**NUCLEUS)).exp().tolist() for row in TABLE]
+    return distribution(TABLE, [Place(Sampling(**NUCLEUS), Seen())] * VOCAB).exp().tolist()
 
 
 def p_value(counts):
@@ -94,21 +99,16 @@ def p_value(counts):
 
 
 @torch.inference_mode()
-def test_accepted_strings_have_the_targets_distribution(monkeypatch):
-    known = {}  # each of the few rows is filtered once: that takes most of the time
-
-    def filtered_once(logits, sampling):
-        row = tuple(logits.tolist())
-        if row not in known:
-            known[row] = filtered(logits, sampling)
-        return known[row]
-
-    monkeypatch.setattr("springtide.rows.sampling.filtered", filtered_once)
+def test_accepted_strings_have_the_targets_distribution():
     rows = cache(lambda last, step: TABLE[toy_tree(last, step).tokens])
 
-    def rule(tree, committed, draw):
-        logits = rows(committed[-1], len(committed))
-        return accept(tree, logits, Sampling(**NUCLEUS, seed=draw), committed)
+    def rule(trees, histories, draws):
+        return module.accept(
+            [
+                Draft(tree, rows(history[-1], len(history)), Sampling(**NUCLEUS, seed=draw), Seen(history))
+                for tree, history, draw in zip(trees, histories, draws, strict=True)
+            ]
+        )
 
     assert p_value(toy_strings(rule)) > 1e-3
 
@@ -117,8 +117,8 @@ def test_drawing_anew_in_every_row_has_not():
     """The check above is able to fail, with a fifth of its draws."""
     random, rows = Random(0), nucleus()
 
-    def rule(tree, _, __):
-        return accept_resampling(tree, [rows[token] for token in tree.tokens], random)
+    def rule(trees, *_):
+        return [accept_resampling(tree, [rows[token] for token in tree.tokens], random) for tree in trees]
 
     assert p_value(toy_strings(rule, DRAWS // 5)) < 1e-6
 
@@ -192,7 +192,7 @@ every_sampling = pytest.mark.parametrize("options", TYPICAL.values(), ids=TYPICA
 
 def judged(logits, sampling, history):
     """Log-probabilities of the next token, and how much of it a typical one has more than."""
-    log_probs = distribution(logits, sampling, history)
+    log_probs = distribution(logits[None], [Place(sampling, Seen(history))])[0]
     probs = log_probs.exp().tolist()
     entropy = -sum(p * log_p for p, log_p in zip(probs, log_probs.tolist(), strict=True) if p)
     return log_probs, min(0.09, 0.3 * exp(-entropy))

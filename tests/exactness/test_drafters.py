@@ -145,7 +145,7 @@ def test_ends_inside_a_branch(drafter, policy):
     assert inside, "some ends were drafted, and what was drafted behind them is gone"
 
     inside = 0
-    for at in range(1, 12, 2):
+    for at in range(1, COUNT - 2, 2):
         stop = letters[at : at + 2]
         ended = complete(engine(policy, drafter), temperature=1.2, stop=stop)
         assert ended.text == letters[: letters.index(stop)] and ended.finish_reason == "stop"

@@ -638,12 +638,14 @@ def test_broken_full_heads_of_a_calibration_are_refused(broken, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
-@pytest.mark.parametrize("options", ["means=0", "heads=kv", "rows=root", "recent=1,budget=1"])
+@pytest.mark.parametrize(
+    "options", ["means=0,budget=9", "heads=kv,budget=9", "rows=root,budget=9", "recent=1,budget=1"]
+)
 def test_with_all_heads_full_the_model_is_dense(name, options):
     """Soft caps included; the layers of even number slide in gemma2."""
     layers, heads = (LAYERS, ALL_HEADS) if name == "qwen3" else ("full=1,select=3", "full_heads=5.1+5.0+7.0+7.1")
     engine = engine_of("dense", name, num_hidden_layers=6 if name == "qwen3" else 8)
-    full, sparse = engine.score(LONG, 40), f"tidal:budget=9,{layers},{options}"
+    full, sparse = engine.score(LONG, 40), f"tidal:{options},{layers}"
     torch.testing.assert_close(engine.using(f"{sparse},{heads}").score(LONG, 40), full, atol=1e-6, rtol=0)
     assert (engine.using(sparse).score(LONG, 40) - full).abs().max() > 1e-4
     cache = cached(engine, LONG[:70])

@@ -99,10 +99,11 @@ def read_policy(text: str, budget: str | None) -> Policy:
 
 def read_policies(text: str, budgets: str | None) -> list[Policy]:
     """Every policy with every budget; those without a budget once."""
-    from springtide.attention import parse_budget, parse_policy, split_policies
+    from springtide.attention import parse_budget, parse_policy
+    from springtide.registry import split
 
     sizes = [None] if budgets is None else [parse_budget(size) for size in budgets.split(",")]
-    found = [parse_policy(name, size) for name in split_policies(text) for size in sizes]
+    found = [parse_policy(name, size) for name in split(text) for size in sizes]
     if not found:
         raise SpringtideError("--policy names no policy; give at least one, such as dense.")
     _check_budgets(found, *sizes)

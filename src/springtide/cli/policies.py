@@ -8,7 +8,7 @@ def policies() -> None:
     from springtide.attention import POLICIES
     from springtide.options import options
 
-    for name, policy in POLICIES.items():
+    for name, policy in POLICIES.kinds.items():
         print(f"{name}: {(policy.__doc__ or '').splitlines()[0].replace('``', '')}")
         for option in options(policy):
             default = "" if option.default is None else f" (default: {option.default})"

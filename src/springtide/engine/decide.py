@@ -1,24 +1,20 @@
-"""What a pass gives a request: acceptance, end of sequence, limits and stop strings, before anything is kept."""
+"""What a pass gives a request: end of sequence, limits and stop strings, before anything is kept."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import Tensor
-
-from springtide.drafting.accept import accept
-from springtide.drafting.tree import TokenTree
+from springtide.drafting.accept import Accepted
 from springtide.engine.request import Decision, FinishReason, Request
 
 
-def decide(request: Request, tree: TokenTree, logits: Tensor, eos: Collection[int], limit: int) -> Decision:
-    """The tokens that ``request`` gains by the target's ``logits [N, V]`` at the nodes of ``tree``, all cuts made.
+def decide(request: Request, accepted: Accepted, eos: Collection[int], limit: int) -> Decision:
+    """The tokens that ``request`` gains by what is accepted of its tree, all cuts made.
 
     ``eos`` are the tokens that end a sequence, ``limit`` the positions that the model has. What ends the output is part
     of the tokens: the end-of-sequence token, or the one that completes a stop string.
     """
     sampling, writer = request.sampling, request.writer
-    accepted = accept(tree, logits, sampling, request.tokens)
     room = min(sampling.max_tokens - len(request.output), limit - request.span)
     text, reason, count = "", None, 0
     for count, token in enumerate(accepted.tokens, start=1):

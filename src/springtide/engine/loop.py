@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from springtide.drafting.accept import Accepted, Draft, accept
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.tree import TokenTree
 from springtide.engine.decide import decide
@@ -49,7 +50,9 @@ class Loop:
         began = self.clock()
         plans = self.plan(requests)
         hidden = self.stack.forward([plan.segment for plan in plans])
-        decisions = [self._finish(*each) for each in zip(plans, hidden, self._logits(plans, hidden), strict=True)]
+        logits = self._logits(plans, hidden)
+        accepted = _accepted(plans, logits)
+        decisions = [self._finish(*each) for each in zip(plans, hidden, logits, accepted, strict=True)]
         self._record(plans, sum(len(decision.tokens) for decision in decisions), self.clock() - began)
         return list(zip(requests, decisions, strict=True))
 
@@ -146,13 +149,13 @@ class Loop:
         joined = rows[0] if len(rows) == 1 else torch.cat(rows)
         return torch.split(self.stack.logits(joined) if len(joined) else joined, asked)
 
-    def _finish(self, plan: Plan, hidden: Tensor, logits: Tensor) -> Decision:
+    def _finish(self, plan: Plan, hidden: Tensor, logits: Tensor, accepted: Accepted | None) -> Decision:
         """Decide what the request gains, keep the rows that stay, and forget the others."""
         request, segment = plan.request, plan.segment
         before, kept = len(segment.tokens) - segment.outputs, list(range(len(segment.tokens)))
         decision = Decision()
-        if plan.tree is not None:
-            decision = decide(request, plan.tree, logits, self.eos, self.stack.spec.context_limit)
+        if accepted is not None:
+            decision = decide(request, accepted, self.eos, self.stack.spec.context_limit)
             kept = [*range(before), *(before + node for node in decision.path)]
             request.drafter.commit(segment, hidden, kept)
         request.cache.commit(segment.prefix, kept, exact=request.policy.exact(segment))
@@ -183,3 +186,14 @@ class Loop:
         governor = self._governor(requests) if decoded and len(drafters) == 1 else None
         if governor is not None:
             governor.record(len(requests), tokens, seconds)
+
+
+def _accepted(plans: Sequence[Plan], logits: Sequence[Tensor]) -> list[Accepted | None]:
+    """What is kept of each plan's tree, where it has one."""
+    drafts = [
+        Draft(plan.tree, own, plan.request.sampling, plan.request.seen)
+        for plan, own in zip(plans, logits, strict=True)
+        if plan.tree is not None
+    ]
+    found = iter(accept(drafts))
+    return [None if plan.tree is None else next(found) for plan in plans]

@@ -14,7 +14,7 @@ from springtide.attention.policy import Policy, State
 from springtide.drafting.drafter import Drafter, View
 from springtide.engine.text import Detokenizer
 from springtide.rows.cache import Cache
-from springtide.rows.sampling import Sampling
+from springtide.rows.sampling import Sampling, Seen
 from springtide.rows.segment import Kind, PromptEmbeds, Segment
 from springtide.rows.spec import Rope
 
@@ -68,7 +68,7 @@ class Request:
     The rows of the first ``lent`` were another request's. ``output_start`` is where the output begins. ``writer`` turns
     it into text. Of the tokens that were ``drafted``,
     ``accepted`` are in the output; it took ``passes`` passes after the prompt's. ``from_draft`` says of each token of
-    the output whether it was drafted.
+    the output whether it was drafted. ``seen`` are the tokens as penalties count them.
 
     With a ``watch`` nothing is generated: it is called with the logits ``[n, V]`` that predict the tokens from
     ``prefill_end`` on, n at a time, and the request ends with its tokens. ``meter`` is called with every sparse read.
@@ -87,6 +87,7 @@ class Request:
     meter: Callable[..., None] | None = None
     state: State = field(init=False)
     draft: Any = field(init=False)
+    seen: Seen = field(init=False)
     lent: int = 0
     finish_reason: FinishReason | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -102,6 +103,7 @@ class Request:
     def __post_init__(self) -> None:
         self.state = self.policy.new_state()
         self.draft = self.drafter.new_state()
+        self.seen = Seen(self.tokens)
 
     @property
     def output(self) -> list[int]:
@@ -176,6 +178,7 @@ class Request:
             self.decoded += len(decision.tokens) - 1
         self.last_token = now
         self.tokens += decision.tokens
+        self.seen.add(decision.tokens)
         self.accepted += decision.accepted
         self.from_draft += [place < decision.accepted for place in range(len(decision.tokens))]
         self.finish_reason = decision.finish_reason
@@ -185,6 +188,7 @@ class Request:
         twin = copy(self)
         twin.tokens, twin.from_draft = list(self.tokens), list(self.from_draft)
         twin.cache, twin.state, twin.draft = self.cache.fork(), self.state.fork(), copy(self.draft)
+        twin.seen = Seen(twin.tokens)
         return twin
 
     def release(self) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from springtide.attention.policy import Policy
 from springtide.errors import SpringtideError
 from springtide.files import replacing
+from springtide.options import spelled
 
 
 def check_target(*paths: Path | None) -> None:
@@ -43,15 +44,9 @@ def labels(policies: Sequence[Policy]) -> list[str]:
         alike = [other for other in policies if other.name == policy.name]
         options = [field.name for field in fields(policy) if field.name not in ("budget", "map")]
         varied = [name for name in options if len({getattr(other, name) for other in alike}) > 1]
-        text = ",".join(f"{name}={_option(getattr(policy, name))}" for name in varied)
+        text = ",".join(f"{name}={spelled(getattr(policy, name))}" for name in varied)
         names.append(f"{policy.name}:{text}" if text else policy.name)
     return names
-
-
-def _option(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "+".join(map(str, value)) or "-"
-    return "none" if value is None else str(value)
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
