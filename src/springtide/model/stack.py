@@ -60,7 +60,6 @@ class Stack:
     def __init__(self, model: PreTrainedModel, calibration: dict[str, Any] | None = None) -> None:
         check_supported(model.config.model_type)
         self.model = model.eval()
-        self.lock = LOCKS.setdefault(model, Lock())
         self.spec = ModelSpec.of(model.config, calibration)
         for parameter in model.parameters():
             native.huge_pages(parameter, now=True)
@@ -185,7 +184,7 @@ class Stack:
         One thread at a time: others that have passes of the model to run wait.
         """
         config = self.model.config
-        with self.lock:
+        with LOCKS.setdefault(self.model, Lock()):
             before = config._attn_implementation
             config._attn_implementation = ATTENTION
             try:
