@@ -8,35 +8,42 @@ import pytest
 
 import springtide
 from folders import save_model
-from springtide.engine.engine import Engine
+from springtide.engine.request import Request
+from springtide.engine.session import Session
 
 
 @pytest.fixture
-def reads(monkeypatch) -> list[int]:
-    """How many tokens of each turn's prompt were in the cache already."""
-    kept = []
-    start = Engine.start
+def turns(monkeypatch) -> list[Request]:
+    """The request of each turn."""
+    requests = []
+    add = Session.add
 
     def spy(self, *args, **kwargs):
-        sequence = start(self, *args, **kwargs)
-        kept.append(sequence.cache.length)
-        return sequence
+        requests.append(add(self, *args, **kwargs))
+        return requests[-1]
 
-    monkeypatch.setattr(Engine, "start", spy)
-    return kept
+    monkeypatch.setattr(Session, "add", spy)
+    return requests
 
 
-def test_chat_keeps_the_cache_between_turns(run, folder, reads):
-    result = run("chat", "--model", folder, "--max-tokens", 5, stdin="Who is it?\n\nAnd why?\n/exit\nnot asked\n")
+def test_chat_keeps_the_cache_between_turns(run, folder, turns):
+    result = run(
+        "chat",
+        "--model",
+        folder,
+        "--max-tokens",
+        5,
+        stdin="Who is it, and why is it so?\n\nAnd why?\n/exit\nnot asked\n",
+    )
     assert (result.code, result.err) == (0, "")
     engine = springtide.load(folder)
-    messages = [{"role": "user", "content": "Who is it?"}]
+    messages = [{"role": "user", "content": "Who is it, and why is it so?"}]
     first = engine.chat(messages, max_tokens=5)
     messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "And why?"}]
     second = engine.chat(messages, max_tokens=5)
     assert result.out == f"{first.text}\n{second.text}\n"
-    assert reads[0] == 0
-    assert reads[1] >= len(engine.render(messages[:1]))
+    assert turns[0].lent == 0
+    assert turns[1].lent >= len(engine.render(messages[:1]))
 
 
 def test_sampling_options_reach_the_engine(run, folder):
@@ -56,14 +63,14 @@ def test_stats_of_each_answer(run, folder):
     assert "tokens/s" not in result.out
 
 
-def test_reset_starts_anew_with_the_system_message(run, folder, reads, tmp_path):
+def test_reset_starts_anew_with_the_system_message(run, folder, turns, tmp_path):
     (tmp_path / "system.txt").write_text("Be brief.")
     arguments = ["--model", folder, "--max-tokens", 5, "--system", f"@{tmp_path / 'system.txt'}"]
     result = run("chat", *arguments, stdin="Who is it?\n/reset\nWho is it?\n")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who is it?"}]
     text = springtide.load(folder).chat(messages, max_tokens=5).text
     assert (result.code, result.out) == (0, f"{text}\n{text}\n")
-    assert reads[:2] == [0, 0]
+    assert [turn.lent for turn in turns[:2]] == [0, 0]
 
 
 def test_chat_ends_with_its_input(run, folder):
@@ -72,15 +79,15 @@ def test_chat_ends_with_its_input(run, folder):
 
 
 def test_an_interrupted_answer_does_not_end_the_chat(run, folder, monkeypatch):
-    start, turns = Engine.run, []
+    start, turns = Session.run, []
 
-    def interrupted(self, sequences):
+    def interrupted(self):
         turns.append(0)
-        yield from itertools.islice(start(self, sequences), 3 if len(turns) == 1 else None)
+        yield from itertools.islice(start(self), 3 if len(turns) == 1 else None)
         if len(turns) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Engine, "run", interrupted)
+    monkeypatch.setattr(Session, "run", interrupted)
     result = run("chat", "--model", folder, "--max-tokens", 5, stdin="One\nTwo\n")
     assert result.code == 0
     assert " [stopped]\n" in result.out

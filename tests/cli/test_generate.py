@@ -12,7 +12,7 @@ import springtide
 from folders import BOOK, PROMPT, tokenizer
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.tree import TokenTree
-from springtide.engine.engine import Engine
+from springtide.engine.session import Session
 from springtide.engine.text import Detokenizer
 
 FIELDS = {
@@ -123,13 +123,13 @@ def test_stats(run, folder):
 
 
 def test_an_interrupt_keeps_the_text_so_far(run, folder, expected, tmp_path, monkeypatch):
-    start = Engine.run
+    start = Session.run
 
-    def interrupted(self, sequences):
-        yield from itertools.islice(start(self, sequences), 6)
+    def interrupted(self):
+        yield from itertools.islice(start(self), 6)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Engine, "run", interrupted)
+    monkeypatch.setattr(Session, "run", interrupted)
     result = run("generate", PROMPT, "--model", folder, "--max-tokens", 12, "--json", tmp_path / "out.json")
     content = json.loads((tmp_path / "out.json").read_text())
     assert result.code == 130
@@ -141,11 +141,11 @@ def test_an_interrupt_keeps_the_text_so_far(run, folder, expected, tmp_path, mon
 
 
 def test_an_interrupt_before_the_first_token(run, folder, tmp_path, monkeypatch):
-    def interrupted(self, sequences):
+    def interrupted(self):
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(Engine, "run", interrupted)
+    monkeypatch.setattr(Session, "run", interrupted)
     result = run("generate", PROMPT, "--model", folder, "--json", tmp_path / "out.json", "--stats")
     assert (result.code, result.out) == (130, "\n")
     assert json.loads((tmp_path / "out.json").read_text())["token_ids"] == []

@@ -7,7 +7,6 @@ import torch
 
 from springtide.attention.policy import Policy
 from springtide.drafting.lookup import Lookup
-from springtide.engine import memory
 from springtide.engine.engine import Engine
 from springtide.engine.memory import Memory
 from springtide.rows.segment import PromptEmbeds
@@ -15,12 +14,6 @@ from tiny import random_tokens, tiny
 
 DOCUMENT = random_tokens(60)
 TIDAL = "tidal:budget=9,full=0,select=1,means=0"
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    """Short prefixes are worth sharing, too."""
-    monkeypatch.setattr(memory, "LEAST", 16)
 
 
 class Counted(Policy):

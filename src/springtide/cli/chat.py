@@ -64,28 +64,29 @@ def chat(
     opening = [{"role": "system", "content": system}] if system else []
     engine = load_engine(model, device, dtype, policy=chosen, draft=draft)
     engine.render([*opening, {"role": "user", "content": "Hello"}])  # does the model chat at all?
-    messages, sequence = list(opening), None
+    messages, session = list(opening), engine.session()
     while (line := _ask_user()) not in (None, "/exit"):
         if line == "/reset":
-            messages, sequence = list(opening), None
+            messages, session = list(opening), engine.session()
         if not line or line == "/reset":
             continue
         try:
             tokens = engine.render([*messages, {"role": "user", "content": line}])
-            sequence = engine.start(tokens, sampling, reuse=sequence)
+            request = session.add(tokens, sampling=sampling)
         except SpringtideError as error:
             if not sys.stdin.isatty():
                 raise
             print(f"springtide: {error}", file=sys.stderr)
             continue
         try:
-            print_pieces(engine, sequence, coloured=stats)
+            print_pieces(session, request, coloured=stats)
         except KeyboardInterrupt:
+            session.cancel(request)
             print(" [stopped]", end="")
         print(flush=True)
         if stats:
-            print(stats_line(sequence.stats()), file=sys.stderr)
-        messages += [{"role": "user", "content": line}, {"role": "assistant", "content": sequence.text}]
+            print(stats_line(request.stats()), file=sys.stderr)
+        messages += [{"role": "user", "content": line}, {"role": "assistant", "content": request.text}]
 
 
 def _ask_user() -> str | None:

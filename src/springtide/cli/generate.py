@@ -67,14 +67,15 @@ def generate(
     text = read_prompt(prompt, prompt_file)
     engine = load_engine(model, device, dtype, policy=chosen, draft=draft)
     tokens = engine.render([{"role": "user", "content": text}]) if chat else engine.encode(text)
-    sequence = engine.start(tokens, sampling)
+    session = engine.session()
+    request = session.add(tokens, sampling=sampling)
     interrupted = False
     try:
-        print_pieces(engine, sequence, coloured=stats)
+        print_pieces(session, request, coloured=stats)
     except KeyboardInterrupt:
         interrupted = True
     print(flush=True)
-    output = engine.output(sequence)
+    output = engine.output(request)
     if stats:
         print(stats_line(output.stats), file=sys.stderr)
     if json_file:

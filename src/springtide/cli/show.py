@@ -12,51 +12,54 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from springtide.engine.engine import Engine
+    from springtide.engine.request import Request
+    from springtide.engine.session import Session
 
 T = TypeVar("T")
 
 
-def print_pieces(engine: Engine, sequence: Any, coloured: bool = False) -> None:
-    """Run a sequence and print its text as it comes, with a progress bar while the prompt is read.
+def print_pieces(session: Session, request: Request, coloured: bool = False) -> None:
+    """Run the one request of a session and print its text as it comes, with a progress bar while its prompt is read.
 
     ``coloured``: on a terminal, drafted text is green.
     """
     from tqdm import tqdm
 
     coloured = coloured and sys.stdout.isatty()
-    painter = _Painter(engine, sequence) if coloured else None
-    with tqdm(total=sequence.prefill_end, unit="tok", desc="reading", leave=False, disable=None, delay=2) as bar:
-        for piece in (event.text for event in engine.run([sequence])):
-            bar.update(min(sequence.cache.length, sequence.prefill_end) - bar.n)
-            if not sequence.prefilling:
+    painter = _Painter(request) if coloured else None
+    with tqdm(total=request.prefill_end, unit="tok", desc="reading", leave=False, disable=None, delay=2) as bar:
+        for event in session.run():
+            if event.token_ids:
                 bar.close()
+            else:
+                bar.update(request.cache.length - bar.n)
             if painter:
                 painter.paint()
             else:
-                print(piece, end="", flush=True)
+                print(event.text, end="", flush=True)
 
 
 class _Painter:
-    """Prints a sequence's text token by token, what was drafted in green."""
+    """Prints a request's text token by token, what was drafted in green."""
 
-    def __init__(self, engine: Engine, sequence: Any) -> None:
+    def __init__(self, request: Request) -> None:
         from rich.console import Console
 
         from springtide.engine.text import Detokenizer
 
-        self.console, self.sequence = Console(highlight=False), sequence
-        self.text = Detokenizer(engine.tokenizer, sequence.sampling.stop)
+        assert request.writer is not None
+        self.console, self.request = Console(highlight=False), request
+        self.text = Detokenizer(request.writer.tokenizer, request.sampling.stop)
         self.done = 0
 
     def paint(self) -> None:
         """Print what is new."""
-        sequence = self.sequence
-        new = zip(sequence.output[self.done :], sequence.from_draft[self.done :], strict=True)
+        request = self.request
+        new = zip(request.output[self.done :], request.from_draft[self.done :], strict=True)
         for token, drafted in new:
             self._print(self.text.add([token]), drafted)
             self.done += 1
-        if sequence.finish_reason is not None:
+        if request.finish_reason is not None:
             self._print(self.text.finish(), drafted=False)
 
     def _print(self, piece: str, drafted: bool) -> None:
@@ -66,7 +69,7 @@ class _Painter:
 
 def stats_line(stats: Any) -> str:
     parts = [
-        f"{stats.prompt_tokens} prompt tokens",
+        f"{stats.prompt_tokens} prompt tokens" + (f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""),
         f"{stats.completion_tokens} generated",
         f"TTFT {stats.ttft_ms:.0f} ms",
     ]
@@ -81,6 +84,12 @@ def stats_line(stats: Any) -> str:
             f"{stats.accepted_tokens} accepted",
             f"acceptance length {stats.acceptance_length:.2f}",
         ]
+    gains = {"predicted": stats.predicted_gain, "measured": stats.measured_gain}
+    known = [f"{name} {gain:.2f}" for name, gain in gains.items() if gain is not None]
+    if known and not stats.drafted_tokens:
+        known.append("so nothing was drafted")
+    if known:
+        parts.append(f"speed with drafts over without: {', '.join(known)}")
     return ", ".join(parts)
 
 

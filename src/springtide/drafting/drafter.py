@@ -69,6 +69,11 @@ class Drafter:
 
     name: ClassVar[str] = "none"
 
+    @property
+    def gain(self) -> float | None:
+        """How many times as fast as plain decoding it is predicted to be; None where that is not known."""
+        return None
+
     def resolve(self, target: Target) -> Self:
         """The drafter, ready for ``target``; raises SpringtideError if it was made for another model."""
         return self

@@ -73,5 +73,10 @@ class Governor:
             if pays != load.drafting or due:
                 load.drafting, load.passes = not load.drafting, 0
 
+    def gain(self, sequences: int) -> float | None:
+        """How many times as fast drafting is as plain decoding, as measured; None before both were."""
+        ways = self._load(sequences).ways
+        return ways[False].cost / ways[True].cost if ways[True].cost and ways[False].cost else None
+
     def _load(self, sequences: int) -> Load:
         return self._loads.setdefault(sequences.bit_length(), Load())

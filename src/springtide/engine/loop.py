@@ -186,6 +186,8 @@ class Loop:
         governor = self._governor(requests) if decoded and len(drafters) == 1 else None
         if governor is not None:
             governor.record(len(requests), tokens, seconds)
+            for request in requests:
+                request.measured_gain = governor.gain(len(requests))
 
 
 def _accepted(plans: Sequence[Plan], logits: Sequence[Tensor]) -> list[Accepted | None]:

@@ -14,7 +14,7 @@ from springtide.rows.cache import Cache
 from springtide.rows.segment import PromptEmbeds
 from springtide.rows.spec import Rope
 
-LEAST = 256  # tokens that are worth sharing
+LEAST = 16  # tokens that are worth sharing
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,9 @@ class Stats:
     first token. ``tpot_ms``: mean time of a token after the first, None if there is none. ``kv_bytes_per_token``: mean
     bytes of the KV cache read for a token after the prompt, None likewise. ``passes``: of the model, after the
     prompt's. ``drafted_tokens`` were tried in them, ``accepted_tokens`` kept. ``acceptance_length``: mean tokens that
-    such a pass gave, its own one counted; None if there was none.
+    such a pass gave, its own one counted; None if there was none. ``predicted_gain``: how many times as fast as plain
+    decoding the drafter was thought to be, by its accuracy and what rows cost; ``measured_gain``: what the passes took
+    (the drafter is left out while that is below 1); None where it is not known.
     """
 
     prompt_tokens: int
@@ -43,6 +45,8 @@ class Stats:
     drafted_tokens: int
     accepted_tokens: int
     acceptance_length: float | None
+    predicted_gain: float | None
+    measured_gain: float | None
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Request:
     accepted: int = 0
     passes: int = 0
     from_draft: list[bool] = field(default_factory=list)
+    measured_gain: float | None = None
 
     def __post_init__(self) -> None:
         self.state = self.policy.new_state()
@@ -213,4 +218,6 @@ class Request:
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,
             acceptance_length=(count - 1) / self.passes if self.passes else None,
+            predicted_gain=self.drafter.gain,
+            measured_gain=self.measured_gain,
         )
