@@ -151,6 +151,9 @@ def test_passes_without_the_drafter_leave_it_nothing_to_propose():
         def record(self, sequences, tokens, seconds):
             self.passes += 1
 
+        def gain(self, sequences):
+            return None
+
     engine = drafting(drafter(shape=EVERY_CHILD))
     sequence = engine.start(PROMPT, Sampling(max_tokens=24))
     loop = Loop(engine.stack, engine.eos, Turns)

@@ -118,6 +118,9 @@ class ByTurns(Governor):
     def record(self, sequences, tokens, seconds):
         self.told += 1
 
+    def gain(self, sequences):
+        return None
+
 
 class Named(Guesses):
     """A drafter that may be left out."""
