@@ -192,7 +192,7 @@ def test_eval_drafts(run, folder, drafter, book, tmp_path):
     (texts / "b.txt").write_text(BOOK[9000:])
     base = ["eval", "drafts", "--model", folder, "--length", "300,320", "--max-tokens", 6]
     result = run(
-        *(*base, "--text", texts, "--draft", f"lookup,{drafter}", "--prompts", 3, "--recall", 2),
+        *(*base, "--text", texts, "--draft", f"lookup:ngram=3,depth=2,{drafter}", "--prompts", 3, "--recall", 2),
         *("--temperature", "0,0.8", "--policy", "dense,streaming", "--budget", 64),
         *("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png"),
     )
@@ -205,7 +205,7 @@ def test_eval_drafts(run, folder, drafter, book, tmp_path):
         for text, count in (("book", 3), ("recall", 2))
         for temperature in (0.0, 0.8)
         for policy in ("dense", "streaming")
-        for draft in ("lookup", str(drafter))
+        for draft in ("lookup:ngram=3,depth=2", str(drafter))
     ]
     assert all(row["outputs_equal"] == 1.0 and row["prompts_that_differ"] == 0 for row in rows)
     assert "3/3" in result.out and "2/2" in result.out

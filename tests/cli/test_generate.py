@@ -161,7 +161,7 @@ def test_an_interrupt_while_loading(run, folder, monkeypatch):
     assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize("name", ["lookup", "folder"])
+@pytest.mark.parametrize("name", ["lookup", "lookup:ngram=3,depth=8", "folder"])
 def test_a_drafter_leaves_the_text_as_it_is(run, folder, expected, drafter, name, tmp_path):
     draft = drafter if name == "folder" else name
     base = ["generate", PROMPT, "--model", folder, "--max-tokens", 12, "--draft", draft]

@@ -39,6 +39,8 @@ def test_budgets_that_are_none(run, calibrated, budget, message):
     [
         ("nosuch", "There is no drafter 'nosuch': choose lookup, medusa, medusa2, hidden-transfer, or give"),
         ("medusa", "There is no drafter 'medusa' beside this model"),
+        ("lookup:depth=many", "lookup: depth is 'many', but it must be a whole number"),
+        ("lookup:depth=0", "lookup: depth is 0, but it must be at least 1"),
     ],
 )
 def test_drafters_that_are_not_there(run, folder, draft, message):

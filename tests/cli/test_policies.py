@@ -1,16 +1,20 @@
-"""`springtide policies` as a user meets it."""
+"""`springtide policies` and `springtide drafters` as a user meets them."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import pytest
 
 from springtide.attention import POLICIES
+from springtide.drafting import DRAFTERS
+from springtide.options import options
 
 
-def test_policies_are_listed_with_their_options(run):
-    result = run("policies")
+@pytest.mark.parametrize(("verb", "registry"), [("policies", POLICIES), ("drafters", DRAFTERS)])
+def test_what_has_a_name_is_listed_with_its_options(run, verb, registry):
+    result = run(verb)
     assert (result.code, result.err) == (0, "")
-    for name, policy in POLICIES.kinds.items():
-        assert f"{name}: " in result.out
-        options = [field.name for field in fields(policy) if "help" in field.metadata]
-        assert all(f"    {option} " in result.out for option in options)
+    titles = [line.split(":")[0].split(", ") for line in result.out.splitlines() if line[0] != " "]
+    assert [name for title in titles for name in title] == list(registry.kinds)
+    for cls in registry.kinds.values():
+        assert all(f"    {option.name} " in result.out for option in options(cls))
+    assert "``" not in result.out

@@ -50,9 +50,9 @@ def plain(policy="dense", prompt=tuple(PROMPT), **options):
 # What is drafted
 
 
-def propose(tokens, state=None, **options):
+def propose(text, state=None, **options):
     drafter = Lookup(**options)
-    return proposed(drafter, drafter.new_state() if state is None else state, tokens)
+    return proposed(drafter, drafter.new_state() if state is None else state, text)
 
 
 def proposed(drafter, state, tokens):
@@ -74,7 +74,7 @@ def test_a_longer_match_is_trusted_for_more():
 
 def test_nothing_is_drafted_without_a_match():
     assert propose([1]) == propose([4, 3, 2, 1]) == TokenTree.single(1)
-    assert propose([1, 2, 1], shortest=2) == TokenTree.single(1)
+    assert propose([1, 2, 1], min_ngram=2) == TokenTree.single(1)
 
 
 def test_a_loop_goes_on():
@@ -87,7 +87,9 @@ def test_different_continuations_are_branches_that_share_the_draft():
     tree = propose(tokens)
     # The latest occurrence first: 1 2 6 8, then 1 4 5, then what is left for 1 2 3.
     assert tree == TokenTree([9, 1, 2, 4, 6], [-1, 0, 1, 1, 2])
-    assert propose(tokens, most=2) == TokenTree([9, 1, 2], [-1, 0, 1])
+    assert propose(tokens, tokens=2) == TokenTree([9, 1, 2], [-1, 0, 1])
+    assert propose(tokens, depth=1) == TokenTree([9, 1], [-1, 0])
+    assert propose(tokens, depth=2) == TokenTree([9, 1, 2, 4], [-1, 0, 1, 1])
 
 
 def occurrences(tokens, shortest, longest):
@@ -101,18 +103,19 @@ def occurrences(tokens, shortest, longest):
 
 @settings(deadline=None, max_examples=200)
 @given(texts, st.integers(1, 3), st.integers(0, 3), st.integers(1, 9))
-def test_the_match_is_the_longest_and_all_its_places_are_known(text, shortest, more, step):
+def test_the_match_is_the_longest_and_its_latest_places_are_known(text, shortest, more, step):
     index = Index(shortest, shortest + more)
     for length in [*range(1, len(text), step), len(text)]:
         index.read(text[:length])
-        assert index.match(text[:length]) == occurrences(text[:length], shortest, shortest + more)
+        size, ends = occurrences(text[:length], shortest, shortest + more)
+        assert index.match(text[:length]) == (size, ends[: -OCCURRENCES - 1 : -1])
 
 
 @settings(deadline=None, max_examples=200)
 @given(texts, st.integers(1, 8))
 def test_every_branch_follows_an_occurrence(text, most):
     starts = occurrences(text, 1, 8)[1][: -OCCURRENCES - 1 : -1]
-    tree = merged(text, starts, most)
+    tree = merged(text, starts, most, depth=most)
     assert len(tree.tokens) <= most + 1
     ahead = [[*text[start:], *(text[start:] * most)][:most] for start in starts]
     trails = [[]]
@@ -138,6 +141,17 @@ def test_a_cropped_replaced_or_forked_sequence_is_read_anew(text, data):
     assert proposed(drafter, state, [*text, 1]) == propose([*text, 1]), "a fork leaves its origin alone"
 
 
+@settings(deadline=None, max_examples=100)
+@given(texts, texts, st.integers(0, 5))
+def test_rows_that_are_no_tokens_are_in_no_ngram(text, more, holes):
+    text = [-1] * holes + text
+    state = Lookup().new_state()
+    proposed(Lookup(), state, text)
+    tree = proposed(Lookup(), state, text + more)
+    plain = propose((text + more)[holes:])
+    assert tree == plain and min(tree.tokens) >= 0
+
+
 def test_a_step_reads_its_new_tokens_only():
     class Spy(list):
         read = 0
@@ -154,10 +168,27 @@ def test_a_step_reads_its_new_tokens_only():
     Spy.read = 0
     text.append(3)
     proposed(drafter, state, text)
-    assert Spy.read < 300
+    assert Spy.read < 500
 
 
-@pytest.mark.parametrize("options", [{"most": 0}, {"shortest": 0}, {"longest": 0}, {"shortest": 3, "longest": 2}])
+def test_the_index_is_small():
+    """At the length of a book, whether it repeats itself or not; the tokens are not in it."""
+    for text in (random_tokens(20_000, vocab=5000), random_tokens(500) * 40, [7] * 20_000):
+        state = Lookup().new_state()
+        state.read(text)
+        assert 0 < state.nbytes < 50 * len(text)
+        size = state.nbytes
+        twin = state.fork()
+        twin.read([*text, 1, 2, 3])
+        fresh = Lookup().new_state()
+        fresh.read(text)
+        assert (state.nbytes, state.match(text)) == (size, fresh.match(text)), "a fork leaves its origin alone"
+
+
+BAD = [{"tokens": 0}, {"depth": 0}, {"min_ngram": 0}, {"ngram": 0}, {"min_ngram": 3, "ngram": 2}, {"ngram": 2**16}]
+
+
+@pytest.mark.parametrize("options", BAD)
 def test_bad_options_are_refused(options):
     with pytest.raises(SpringtideError, match="lookup"):
         engine(drafter=Lookup(**options))
@@ -170,7 +201,7 @@ def test_bad_options_are_refused(options):
 @pytest.mark.parametrize("options", SAMPLINGS.values(), ids=SAMPLINGS.keys())
 def test_output_is_as_without_a_drafter(policy, options):
     expected = plain(policy, **options)
-    for drafter in (Lookup(), Lookup(most=3, longest=2), Lookup(most=40, shortest=2)):
+    for drafter in (Lookup(), Lookup(tokens=3, ngram=2), Lookup(tokens=40, depth=30, min_ngram=2)):
         out = engine(policy, drafter).generate(PROMPT, max_tokens=48, **options)
         assert out.token_ids == expected
         assert 0 < out.stats.accepted_tokens < out.stats.drafted_tokens

@@ -20,8 +20,8 @@ def model(tmp_path_factory):
 
 def test_one_without_weights_takes_options(model):
     assert find_drafter("lookup", None) == Lookup()
-    assert find_drafter(" lookup:longest=3,most=8 ", model) == Lookup(longest=3, most=8)
-    assert find_folder("lookup:longest=3", model) is None
+    assert find_drafter(" lookup:ngram=3,depth=8 ", model) == Lookup(ngram=3, depth=8)
+    assert find_folder("lookup:ngram=3", model) is None
 
 
 def test_one_with_weights_lies_beside_the_model(model):
@@ -31,7 +31,7 @@ def test_one_with_weights_lies_beside_the_model(model):
 
 def test_a_folders_path_may_have_any_characters(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a:b=1,c=2", "lookup:longest=3", "lookup:"):
+    for name in ("a:b=1,c=2", "lookup:ngram=3", "lookup:"):
         folder = save_drafter(tmp_path / name, model)
         for draft in (name, str(folder), folder):
             assert isinstance(find_drafter(draft, model), Medusa), draft
@@ -47,11 +47,11 @@ def test_a_folders_path_may_have_any_characters(model, tmp_path, monkeypatch):
             "There is no drafter 'nosuch': choose lookup, medusa, medusa2, hidden-transfer, or give a",
         ),
         ("", "There is no drafter ''"),
-        ("nosuch:longest=3", "There is no drafter 'nosuch:longest=3': choose lookup"),
+        ("nosuch:ngram=3", "There is no drafter 'nosuch:ngram=3': choose lookup"),
         ("lookup:", "Drafter 'lookup': write 'lookup:OPTION=VALUE', or 'lookup' without the colon."),
-        ("lookup:longest=3,longest=3", "Drafter 'lookup': 'longest' is given twice; give it once."),
-        ("lookup:longest=many", "lookup: longest is 'many', but it must be a whole number."),
-        ("medusa:longest=3", "Drafter 'medusa' has no option 'longest'; its options are: none."),
+        ("lookup:ngram=3,ngram=3", "Drafter 'lookup': 'ngram' is given twice; give it once."),
+        ("lookup:ngram=many", "lookup: ngram is 'many', but it must be a whole number."),
+        ("medusa:ngram=3", "Drafter 'medusa' has no option 'ngram'; its options are: none."),
         ("medusa2", "There is no drafter 'medusa2' beside this model"),
     ],
 )

@@ -9,7 +9,7 @@ from springtide.engine import loop
 from springtide.engine.engine import Engine
 from springtide.errors import SpringtideError
 from springtide.rows.sampling import Sampling
-from springtide.rows.segment import PromptEmbeds
+from springtide.rows.segment import NO_TOKEN, PromptEmbeds
 from tiny import random_tokens, tiny
 
 POSITIONS = (0, 1, 4, 5, 6, 9, 13)
@@ -24,7 +24,7 @@ def embeds(seed=0, positions=POSITIONS, end=16, hidden=32):
 
 
 def prompt(given, question=QUESTION):
-    return [0] * len(given) + question
+    return [NO_TOKEN] * len(given) + question
 
 
 def complete(engine, given, sampling=GREEDY, question=QUESTION):
@@ -93,6 +93,18 @@ def test_sampling_is_the_same_drafted():
     plain = complete(Engine(model), given, sampling)
     drafter = Guesses([prompt(given) + plain], "mixed")
     assert complete(Engine(model, drafter=drafter, adaptive=False), given, sampling) == plain
+
+
+def test_rows_that_are_no_tokens_are_neither_penalised_nor_looked_up():
+    """Token 0 is as any other: it was not seen, and did not follow itself."""
+    model, given = tiny("qwen3", torch.float64), embeds()
+    sequence = Engine(model).start(prompt(given), GREEDY, embeds=given)
+    assert sequence.tokens == [NO_TOKEN] * len(given) + QUESTION and 0 not in sequence.seen
+    assert sequence.seen.length == len(sequence.tokens)
+    assert Engine(model).start([5] * len(given) + QUESTION, GREEDY, embeds=given).tokens == sequence.tokens
+    state = Lookup().new_state()
+    state.read([*sequence.tokens, 0])
+    assert state.match([*sequence.tokens, 0]) == (0, [])
 
 
 def test_a_budget_that_covers_all_is_dense():

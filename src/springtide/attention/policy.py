@@ -93,14 +93,22 @@ class Policy:
         """
         return None
 
+    @property
+    def budget(self) -> int | Share | None:
+        """Tokens that a sparse layer reads per KV head, or a share of the context; None where there is no such number.
+
+        Policies that have one declare it as an option of this name.
+        """
+        return None
+
     def budget_at(self, length: int) -> int | None:
-        """Tokens of ``length`` that a sparse layer reads per KV head; None where there is no such number."""
+        """The budget in tokens when there are ``length``; None where there is none."""
         return None
 
     @property
     def named_budget(self) -> int | str | None:
         """The budget as results name it: tokens, a share such as ``"5%"``, or None."""
-        return None
+        return str(self.budget) if isinstance(self.budget, Share) else self.budget
 
     def reads(self, layer: Layer, q: Tensor, segment: Segment) -> Slots | None:
         """What a layer reads for the segment's rows ``q [R, H, D]``, whose keys are in the cache already.
@@ -136,10 +144,6 @@ class Sparse(Policy):
 
     def budget_at(self, length: int) -> int:
         return amount(self.budget, -(-length // STEP) * STEP)
-
-    @property
-    def named_budget(self) -> int | str:
-        return str(self.budget) if isinstance(self.budget, Share) else self.budget
 
     @property
     def stepwise(self) -> bool:

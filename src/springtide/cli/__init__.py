@@ -12,8 +12,23 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from springtide.cli import bench, calibrate, chat, convert, demo, distill, env, evaluate, generate, policies, see, sweep
-from springtide.cli.train import drafters, pocket, vision
+from springtide.cli import (
+    bench,
+    calibrate,
+    chat,
+    convert,
+    demo,
+    distill,
+    drafters,
+    env,
+    evaluate,
+    generate,
+    policies,
+    see,
+    sweep,
+)
+from springtide.cli.train import drafters as heads
+from springtide.cli.train import pocket, vision
 from springtide.errors import SpringtideError
 from springtide.files import reason
 
@@ -27,6 +42,7 @@ VERBS: Verbs = {
     "see": see.see,
     "distill": distill.distill,
     "policies": policies.policies,
+    "drafters": drafters.drafters,
     "env": env.env,
 }
 
@@ -35,9 +51,9 @@ GROUPS: dict[str, tuple[str, Verbs]] = {
         "Train models and drafters.",
         {
             "pocket": pocket.pocket,
-            "medusa": drafters.medusa,
-            "medusa2": drafters.medusa2,
-            "hidden-transfer": drafters.hidden_transfer,
+            "medusa": heads.medusa,
+            "medusa2": heads.medusa2,
+            "hidden-transfer": heads.hidden_transfer,
             "dependency-vit": vision.dependency_vit,
             "captioner": vision.captioner,
         },

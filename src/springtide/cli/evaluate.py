@@ -180,9 +180,10 @@ def drafts(
     from springtide.evaluation import drafts as evaluation
     from springtide.evaluation.report import check_target, write_json
     from springtide.loading import find_model
+    from springtide.registry import split
 
     check_target(json_file, plot)
-    names = list(dict.fromkeys(filter(None, (name.strip() for name in draft.split(",")))))
+    names = list(dict.fromkeys(split(draft, folders=True)))
     if not names:
         raise SpringtideError("--draft names no drafter; give at least one, such as lookup.")
     lengths, temperatures = read_numbers(length, "--length"), read_temperatures(temperature)

@@ -56,7 +56,10 @@ Chat = Annotated[
 Images = Annotated[str, typer.Option("--data", help="scenes, digits, or a folder with one of images for each class.")]
 Draft = Annotated[
     str | None,
-    typer.Option(help="Drafter: lookup, medusa, medusa2, hidden-transfer (which pocket has), or a drafter's folder."),
+    typer.Option(
+        help="Drafter: lookup, medusa, medusa2, hidden-transfer (which pocket has); NAME:OPTION=VALUE,...; "
+        "or a drafter's folder."
+    ),
 ]
 Accept = Annotated[
     Literal["exact", "typical"],
@@ -113,7 +116,7 @@ def read_policies(text: str, budgets: str | None) -> list[Policy]:
 def _check_budgets(policies: Sequence[Policy], *budgets: int | Share | None) -> None:
     """Raise SpringtideError for a --budget that no policy takes."""
     for budget in budgets:
-        budgets_set = [policy.budget for policy in policies if hasattr(policy, "budget")]
+        budgets_set = [policy.budget for policy in policies if policy.budget is not None]
         if budget is None or budget in budgets_set:
             continue
         if budgets_set:

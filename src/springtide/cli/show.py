@@ -14,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from springtide.engine.request import Request
     from springtide.engine.session import Session
+    from springtide.registry import Registry
 
 T = TypeVar("T")
 
@@ -158,3 +159,17 @@ def resumable(path: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\nStopped; the same command goes on from {path}.", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def print_options(registry: Registry[Any]) -> None:
+    """Print what has a name, with its options."""
+    from springtide.options import options, spelled
+
+    names: dict[type[Any], list[str]] = {}
+    for name, cls in registry.kinds.items():
+        names.setdefault(cls, []).append(name)
+    for cls, own in names.items():
+        print(f"{', '.join(own)}: {(cls.__doc__ or '').splitlines()[0].replace('``', '')}")
+        for option in options(cls):
+            default = "" if option.default is None else f" (default: {spelled(option.default)})"
+            print(f"    {option.name:10} {option.metadata['help']}{default}")

@@ -35,7 +35,7 @@ class Pseudo:
 
 @dataclass(frozen=True, eq=False)
 class HiddenTransfer(Guesser):
-    """Map ``k``, from 1, guesses the token ``k + 1`` places ahead of a row; the target itself knows the next one.
+    """Hidden Transfer: the ``k``-th map guesses the token ``k + 1`` places ahead of a row, in the target's own pass.
 
     Attributes:
         weight, bias: ``[K, hidden, hidden]`` and ``[K, hidden]`` of the K linear maps, of any floating dtype.

@@ -80,7 +80,7 @@ class Last:
 
 @dataclass(frozen=True, eq=False)
 class Medusa(Guesser):
-    """Head ``k``, from 1, guesses the token ``k + 1`` places ahead of a row; the target itself knows the next one.
+    """Medusa heads: the ``k``-th guesses the token ``k + 1`` places ahead of a row; the target knows the next one.
 
     Attributes:
         heads: the heads, of any floating dtype.

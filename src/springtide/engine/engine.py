@@ -30,7 +30,7 @@ from springtide.model.cost import cost_of_rows
 from springtide.model.stack import Stack
 from springtide.rows.cache import Cache
 from springtide.rows.sampling import Sampling
-from springtide.rows.segment import PromptEmbeds
+from springtide.rows.segment import NO_TOKEN, PromptEmbeds
 from springtide.rows.spec import ModelSpec
 
 Prompt = str | Sequence[int]
@@ -231,13 +231,14 @@ class Engine:
             raise SpringtideError("The prompt is empty; give at least one token.")
         if embeds is not None:
             _check_embeds(embeds, len(tokens), self.stack.spec.hidden_size)
+            tokens = [NO_TOKEN] * len(embeds) + list(tokens[len(embeds) :])
         span = len(tokens) + (0 if embeds is None else embeds.gaps)
         if span >= limit:
             raise SpringtideError(
                 f"The prompt has {span} tokens, but the model's context holds {limit}, "
                 "one of them to generate; shorten the prompt."
             )
-        if min(tokens) < 0 or max(tokens) >= vocab:
+        if not all(0 <= token < vocab for token in tokens[0 if embeds is None else len(embeds) :]):
             raise SpringtideError(f"Token ids must be between 0 and {vocab - 1}.")
         prefill = len(tokens) if prefill is None else prefill
         policy = self.policy if policy is None else self.resolve(policy)

@@ -209,7 +209,7 @@ class Pass:
     def embed(self) -> Tensor:
         """Input of layer 0, ``[R, hidden]``."""
         ids = torch.tensor([token for s in self.segments for token in s.tokens], device=self.stack.device)
-        hidden: Tensor = self.stack.model.model.embed_tokens(ids)
+        hidden: Tensor = self.stack.model.model.embed_tokens(ids.clamp(min=0))  # NO_TOKEN has no vector of its own
         hidden = hidden * getattr(self.stack.model.config, "embedding_multiplier", 1.0)
         if all(segment.embeds is None for segment in self.segments):
             return hidden

@@ -17,6 +17,7 @@ from springtide.kernels import KV, Reads, Visible
 from springtide.rows.cache import Cache
 
 PREFIX = -1  # the parent of a row that follows the prefix directly
+NO_TOKEN = -1  # the id of a row that is given as a vector
 
 Kind = Literal["prompt", "decode", "verify", "refresh"]
 """What rows are: of a prompt, tokens that are decoded one after the other, a draft, or written anew as a prompt's."""
@@ -61,7 +62,7 @@ class Segment:
     cut into. ``bytes_read`` counts what is read of the cache; ``meter``, if any, is called with every sparse read.
 
     The rows are those of ``tokens`` first, then those that :meth:`grow` added, which stand for no token. ``embeds`` may
-    give the first rows of the sequence as vectors; their tokens then only hold their places.
+    give the first rows of the sequence as vectors; their tokens are ``NO_TOKEN``.
     """
 
     cache: Cache

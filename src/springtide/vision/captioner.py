@@ -23,7 +23,7 @@ from springtide.errors import SpringtideError
 from springtide.files import filling
 from springtide.loading import load
 from springtide.rows.sampling import Sampling
-from springtide.rows.segment import PromptEmbeds
+from springtide.rows.segment import NO_TOKEN, PromptEmbeds
 from springtide.vision.dependency_vit import DependencyViTModel
 from springtide.vision.folder import load_vit
 from springtide.vision.images import DependencyViTImageProcessor
@@ -120,7 +120,7 @@ class Captioner:
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens:
             words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
             raise SpringtideError(f"The captioner knows these words only: {' '.join(words)}.")
-        return engine.start([0] * len(embeds) + tokens, sampling, embeds=embeds)
+        return engine.start([NO_TOKEN] * len(embeds) + tokens, sampling, embeds=embeds)
 
     def ask(self, image: Any, question: str, keep: float | None = None, **options: Any) -> Output:
         """The answer to a question about an image (PIL, or an array ``[height, width, 3]``).
