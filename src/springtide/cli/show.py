@@ -16,17 +16,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+DELAY = 2  # seconds before a progress bar is shown
+
 
 def print_pieces(engine: Engine, sequence: Any, coloured: bool = False) -> None:
     """Run a sequence and print its text as it comes, with a progress bar while the prompt is read.
 
     ``coloured``: on a terminal, drafted text is green.
     """
-    from tqdm import tqdm
-
     coloured = coloured and sys.stdout.isatty()
     painter = _Painter(engine, sequence) if coloured else None
-    with tqdm(total=sequence.prefill_end, unit="tok", desc="reading", leave=False, disable=None, delay=2) as bar:
+    known = sequence.cache.length
+    with _bar(sequence.prefill_end, "reading", unit="tok", leave=False, initial=known) as bar:
         for piece in (event.text for event in engine.run([sequence])):
             bar.update(min(sequence.cache.length, sequence.prefill_end) - bar.n)
             if not sequence.prefilling:
@@ -135,10 +136,11 @@ def measured(steps: Iterator[Callable[[], list[T]]], total: int, what: str) -> M
     return Measured(done[-1](), complete=True)
 
 
-def _bar(total: int, what: str) -> Any:
+def _bar(total: int, what: str, **options: Any) -> Any:
+    """A progress bar on standard error, if that is a terminal, of what takes longer than a moment."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, disable=None, delay=2)
+    return tqdm(total=total, desc=what, disable=None, delay=DELAY, **options)
 
 
 @contextmanager
