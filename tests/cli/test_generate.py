@@ -122,6 +122,21 @@ def test_stats(run, folder):
     assert "tokens/s" not in result.out
 
 
+@pytest.mark.parametrize("verb", [["generate", "-"], ["chat"]])
+def test_a_terminal_shows_how_a_long_prompt_is_read(run, folder, monkeypatch, verb):
+    monkeypatch.setenv("COLUMNS", "80")
+    command = [*verb, "--model", folder, "--max-tokens", 2]
+    line = " ".join(BOOK[:1200].split())
+    plain = run(*command, stdin=line)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    at_once = run(*command, stdin=line)  # in less than the delay
+    monkeypatch.setattr("springtide.cli.show.DELAY", 0)
+    shown = run(*command, stdin=line)
+    assert plain.out == at_once.out == shown.out
+    assert plain.err == "" and "reading" not in at_once.err
+    assert re.search(r"\rreading: +\d+%\|.*/[67]\d\d ", shown.err)
+
+
 def test_an_interrupt_keeps_the_text_so_far(run, folder, expected, tmp_path, monkeypatch):
     start = Session.run
 

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+DELAY = 2  # seconds before a progress bar is shown
+
 
 def print_pieces(session: Session, request: Request, coloured: bool = False) -> None:
     """Run the one request of a session and print its text as it comes, with a progress bar while its prompt is read.
 
     ``coloured``: on a terminal, drafted text is green.
     """
-    from tqdm import tqdm
-
     coloured = coloured and sys.stdout.isatty()
     painter = _Painter(request) if coloured else None
-    with tqdm(total=request.prefill_end, unit="tok", desc="reading", leave=False, disable=None, delay=2) as bar:
+    with _bar(request.prefill_end, "reading", unit="tok", leave=False) as bar:
         for event in session.run():
             if event.token_ids:
                 bar.close()
@@ -145,10 +145,11 @@ def measured(steps: Iterator[Callable[[], list[T]]], total: int, what: str) -> M
     return Measured(done[-1](), complete=True)
 
 
-def _bar(total: int, what: str) -> Any:
+def _bar(total: int, what: str, **options: Any) -> Any:
+    """A progress bar on standard error, if that is a terminal, of what takes longer than a moment."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, disable=None, delay=2)
+    return tqdm(total=total, desc=what, disable=None, delay=DELAY, **options)
 
 
 @contextmanager
