@@ -22,17 +22,19 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_costs_at_home(cache, monkeypatch):
-    """What rows cost is not kept in the user's home."""
-    monkeypatch.setattr("springtide.model.cost.FILE", cache / "costs.json")
-
-
-@pytest.fixture(autouse=True)
-def calibrations(cache, monkeypatch):
-    """Where brief calibrations are kept: not in the user's home, and anew for every test."""
-    folder = cache / f"calibrations-{next(NUMBERS)}"
-    monkeypatch.setattr("springtide.loading.CALIBRATIONS", folder)
+def home(cache, monkeypatch):
+    """The user's folders, anew for every test; but what rows cost is measured once, since it takes a second."""
+    folder = cache / f"home-{next(NUMBERS)}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(folder / "data"))
+    monkeypatch.setattr("springtide.model.cost.place", lambda: cache / "costs.json")
     return folder
+
+
+@pytest.fixture
+def calibrations(home):
+    """Where brief calibrations are kept."""
+    return home / "cache" / "springtide" / "calibrations"
 
 
 @dataclass

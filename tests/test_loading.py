@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
 from springtide.evaluation import brief
 from springtide.kernels import native
-from springtide.loading import know_layers, under
+from springtide.loading import calibration_folder, know_layers, under
 from tiny import random_tokens, tiny
 
 PROMPT = "The ship left the harbour"
@@ -136,6 +137,54 @@ def test_shards_and_tied_embeddings(tmp_path):
     assert springtide.load(folder).generate(PROMPT, max_tokens=6).token_ids == whole
 
 
+# -- where calibrations are kept ------------------------------------------------------------------------------------
+
+
+def other(first: int) -> dict:
+    """Another calibration."""
+    return {"version": VERSION, "tidal": {"full": list(range(first)), "select": [first]}}
+
+
+def selecting(model: Any) -> int:
+    return springtide.load(model, policy="tidal:budget=8").policy.select
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_users_own_calibration_of_a_model_that_is_not_theirs_to_write_to(tmp_path, home, monkeypatch):
+    """Of the hub's cache: what calibration writes lies in the user's folder, and wins over what came with the model."""
+    monkeypatch.setattr("springtide.loading.HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = save_model(tmp_path / "hub" / "models--a--b" / "snapshots" / "0123")
+    (folder / "springtide.json").write_text(json.dumps(other(2)))
+    assert selecting(folder) == 2
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    place = calibration_folder(model)
+    assert place.is_relative_to(home / "data" / "springtide" / "calibrations")
+    place.mkdir(parents=True)
+    (place / "springtide.json").write_text(json.dumps(other(1)))
+    for each in (folder, model):
+        assert selecting(each) == 1
+    model.name_or_path = "a/b"  # as of a model that transformers fetched
+    assert selecting(model) == 1 and calibration_folder(model) == place
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_models_own_folder_comes_first(fresh, home):
+    model = AutoModelForCausalLM.from_pretrained(fresh)
+    assert calibration_folder(model) == fresh
+    model.name_or_path = ""
+    kept = calibration_folder(model)
+    kept.mkdir(parents=True)
+    (kept / "springtide.json").write_text(json.dumps(other(1)))
+    assert selecting(fresh) == 1  # the same model, whatever folder it lies in
+    (fresh / "springtide.json").write_text(json.dumps(other(2)))
+    assert selecting(fresh) == 2
+
+
+def test_the_bundled_model_is_not_the_users_to_write_to(home):
+    engine = springtide.load("pocket")
+    assert calibration_folder(engine.stack.model).is_relative_to(home)
+
+
 # -- brief calibration ----------------------------------------------------------------------------------------------
 
 
@@ -217,7 +266,7 @@ def test_without_a_tokenizer_nothing_can_be_calibrated(folder, calibrations):
 @pytest.mark.usefixtures("quickly")
 def test_a_home_that_cannot_be_written(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("springtide.loading.CALIBRATIONS", tmp_path / "file" / "calibrations")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match=r"so it was now, in \d+ s; `springtide calibrate`"):
         springtide.load(folder, policy="tidal")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -22,9 +23,10 @@ from springtide.drafting import find_adapter, find_drafter
 from springtide.drafting.drafter import Drafter
 from springtide.engine.engine import Engine
 from springtide.errors import SpringtideError
-from springtide.model.stack import check_supported
+from springtide.model.stack import check_supported, fingerprint
+from springtide.places import cache_home, data_home
 
-CALIBRATIONS = Path.home() / ".cache" / "springtide" / "calibrations"
+PACKAGE = Path(__file__).parent
 
 
 def load(
@@ -45,7 +47,7 @@ def load(
             of is calibrated briefly, see :func:`know_layers`.
         device: where to run (default: the first GPU if there is one, else CPU; a loaded model stays where it is).
         dtype: of weights and cache, e.g. ``"float32"`` (default: the checkpoint's).
-        calibrated: use the folder's ``springtide.json`` if there is one.
+        calibrated: use the model's ``springtide.json`` if there is one, see :func:`calibration_folder`.
         draft: what proposes tokens to try: ``"lookup"``, ``"medusa"``, ``"medusa2"`` or ``"hidden-transfer"``, a
             drafter's folder, or a drafter. Its draft tree is chosen by what rows cost on this machine. A Medusa-2
             drafter changes the model: its folder has an adapter, which is merged into the loaded weights.
@@ -69,13 +71,13 @@ def load(
     folder = find_model(model)
     config = _load_config(folder)
     drafter = find_drafter(draft, folder) if isinstance(draft, (str, Path)) else draft
-    calibration = read_calibration(folder) if calibrated else None
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = _load_tokenizer(Path(tokenizer) if tokenizer else folder)
     loaded = _load_weights(folder, config, wanted)
     adapter = find_adapter(draft, folder)
     if adapter is not None:
         loaded = _merge(loaded, adapter)
+    calibration = calibration_of(loaded) if calibrated else None
     engine = under(Engine(_move(loaded, place), tokenizer, calibration=calibration), policy)
     return engine if drafter is None else drafting(engine, drafter)
 
@@ -89,7 +91,7 @@ def under(engine: Engine, policy: Policy | str) -> Engine:
 def know_layers(engine: Engine, policies: Sequence[Policy | str]) -> None:
     """Calibrate the engine's model briefly where one of the policies needs it and nobody has done so.
 
-    It takes a minute at most, is kept in ``~/.cache/springtide/calibrations`` and holds for every engine of the model.
+    It takes a minute at most, is kept in the user's cache and holds for every engine of the model.
     Raises SpringtideError for a policy that does not fit, and where it would take longer or there is no tokenizer.
     """
     for policy in policies:
@@ -102,8 +104,8 @@ def know_layers(engine: Engine, policies: Sequence[Policy | str]) -> None:
 
 
 def _kept_calibration(engine: Engine) -> dict[str, Any]:
-    """The calibration of the engine's model in the user's folder, which is made if it is not there."""
-    path = CALIBRATIONS / f"{engine.stack.fingerprint}-{engine.stack.spec.num_layers}.json"
+    """The brief calibration of the engine's model in the user's cache, which is made if it is not there."""
+    path = cache_home() / "calibrations" / f"{_key(engine.stack.model)}.json"
     found = read_file(path)
     if found is None:
         if engine.tokenizer is None:
@@ -122,15 +124,42 @@ def drafting(engine: Engine, draft: str | Path | Drafter) -> Engine:
 
 
 def calibration_of(model: PreTrainedModel) -> dict[str, Any] | None:
-    """The ``springtide.json`` of the folder that a model was loaded from, None if there is none."""
-    name = model.name_or_path
-    return read_calibration(Path(name)) if name and Path(name).is_dir() else None
+    """The model's ``springtide.json``, None if there is none: the first in its :func:`_calibration_folders`."""
+    for folder in _calibration_folders(model):
+        found = read_calibration(folder)
+        if found is not None:
+            return found
+    return None
+
+
+def calibration_folder(model: PreTrainedModel) -> Path:
+    """Where calibration writes ``springtide.json``: the folder that the model was loaded from, if it is the user's.
+
+    What came with Springtide or lies in the cache of the Hugging Face hub is not. Its calibration goes to a folder in
+    ``$XDG_DATA_HOME/springtide``, which holds for the same weights wherever they lie.
+    """
+    return _calibration_folders(model)[0]
+
+
+def _calibration_folders(model: PreTrainedModel) -> list[Path]:
+    """Where the model's ``springtide.json`` may lie; the first that is there is the one."""
+    name, kept = model.name_or_path, data_home() / "calibrations" / _key(model)
+    if not name or not Path(name).is_dir():
+        return [kept]
+    folder = Path(name).resolve()
+    foreign = any(folder.is_relative_to(Path(place).resolve()) for place in (PACKAGE, HF_HUB_CACHE))
+    return [kept, Path(name)] if foreign else [Path(name), kept]
+
+
+def _key(model: PreTrainedModel) -> str:
+    """Tells models apart, wherever their weights came from."""
+    return f"{fingerprint(model)}-{model.config.num_hidden_layers}"
 
 
 def find_model(name: str | Path) -> Path:
     """The folder of a model: a path, or ``"pocket"``. Raises SpringtideError if there is none."""
     pocket = str(name) == "pocket"
-    folder = Path(__file__).parent / "models" / "pocket" if pocket else Path(name).expanduser()
+    folder = PACKAGE / "models" / "pocket" if pocket else Path(name).expanduser()
     if not str(name) or not folder.is_dir():
         if pocket:
             raise SpringtideError("The bundled model is not there; install springtide again or give a model folder.")

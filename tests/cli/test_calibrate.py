@@ -122,6 +122,20 @@ def test_the_bundled_model_is_not_calibrated_in_place(run):
     run("calibrate").refused("The bundled model is calibrated already; give --model DIR, or --out DIR")
 
 
+def test_calibrate_leaves_what_is_not_the_users_alone(run, tmp_path, book, home, monkeypatch):
+    """A model in the hub's cache."""
+    monkeypatch.setattr("springtide.loading.HF_HUB_CACHE", str(tmp_path))
+    folder = save_model(tmp_path / "models--a--b" / "snapshots" / "0123")
+    before = sorted(os.listdir(folder))
+    result = run("calibrate", "--model", folder, *SIZE, "--text", book)
+    assert result.code == 0 and sorted(os.listdir(folder)) == before
+    (place,) = (home / "data" / "springtide" / "calibrations").iterdir()
+    assert sorted(os.listdir(place)) == ["springtide.json", "springtide.png"]
+    assert f"Wrote the layers to {place / 'springtide.json'}." in result.out
+    said = run("generate", PROMPT, "--model", folder, "--policy", "tidal", "--max-tokens", 2)
+    assert (said.code, said.err) == (0, "")
+
+
 @pytest.fixture
 def quickly(monkeypatch) -> None:
     """Brief calibration in even less time."""

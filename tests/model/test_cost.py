@@ -17,8 +17,9 @@ from tiny import tiny
 @pytest.fixture(autouse=True)
 def kept(tmp_path, monkeypatch):
     """Where costs are kept."""
-    monkeypatch.setattr(cost, "FILE", tmp_path / "cache" / "costs.json")
-    return cost.FILE
+    path = tmp_path / "cache" / "costs.json"
+    monkeypatch.setattr(cost, "place", lambda: path)
+    return path
 
 
 @pytest.fixture

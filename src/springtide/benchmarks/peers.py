@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -20,8 +20,7 @@ from springtide.benchmarks.contenders import Contender
 from springtide.benchmarks.exports import check_exported, once, write_gguf, write_openvino
 from springtide.engine.request import Request
 from springtide.errors import SpringtideError
-
-CACHE = Path.home() / ".cache" / "springtide" / "peers"
+from springtide.places import cache_home
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Target:
     name: str
     length: int
     threads: int
-    folder: Path = CACHE
+    folder: Path = field(default_factory=lambda: cache_home() / "peers")
 
 
 class Peer(Contender):

@@ -41,7 +41,7 @@ Fill = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's).")]
 PeerCache = Annotated[
     Path | None,
-    typer.Option("--cache", help="Folder for models in peers' formats (default: ~/.cache/springtide/peers)."),
+    typer.Option("--cache", help="Folder for models in peers' formats (default: peers in the user's cache)."),
 ]
 
 
@@ -240,13 +240,14 @@ def _peers(
     import torch
 
     from springtide.benchmarks.contenders import dtype_name
-    from springtide.benchmarks.peers import CACHE, Target, prepare, weights_name
+    from springtide.benchmarks.peers import Target, prepare, weights_name
     from springtide.loading import find_model
 
     loaded = engine.stack.model
     dtype = dtype_name(loaded)
     name = f"{shape}-{dtype}" if shape is not None else weights_name(find_model(model or "pocket"), dtype)
-    return prepare(names, Target(loaded, name, length, torch.get_num_threads(), folder or CACHE))
+    where = {} if folder is None else {"folder": folder}
+    return prepare(names, Target(loaded, name, length, torch.get_num_threads(), **where))
 
 
 def _print_rows(rows: Sequence[dict[str, Any]], /, **columns: str) -> None:

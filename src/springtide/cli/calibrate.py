@@ -34,7 +34,7 @@ def calibrate(
     text: Text = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for springtide.json and springtide.png, the curve (default: the model's)."),
+        typer.Option(help="Folder for springtide.json and springtide.png, the curve (default: the model's own)."),
     ] = None,
     json_file: Json = None,
     device: Device = None,
@@ -45,18 +45,22 @@ def calibrate(
     The curve of dense layers and budgets against divergence, bytes and time goes to springtide.png, and to --json.
     """
     from springtide.attention import parse_budget
+    from springtide.attention.calibration import FILE
     from springtide.attention.tidal import Tidal
     from springtide.evaluation import calibrate as calibration
     from springtide.evaluation.report import check_target, plot_curve, print_table, write_json
-    from springtide.loading import find_model
+    from springtide.loading import calibration_folder
+    from springtide.training.running import make_folder
 
-    folder = out or find_model(model)
-    check_target(folder / "springtide.json", json_file)
+    check_target(None if out is None else out / FILE, json_file)
     book, tidal = read_text(text), Tidal(budget=parse_budget(budget))
     if model == "pocket" and out is None:
         raise SpringtideError("The bundled model is calibrated already; give --model DIR, or --out DIR to write to.")
     engine = load_engine(model, device, dtype, calibrated=False)
     wish = calibration.Wish(tidal, length, dense_layers, target_kl, prompts, trials, chats(engine, chat), head_map)
+    folder = out or calibration_folder(engine.stack.model)
+    make_folder(folder)
+    check_target(folder / FILE, json_file)
     partial = folder / calibration.PARTIAL
     with resumable(partial):
         steps = calibration.calibrate(engine, book, wish, partial)

@@ -19,18 +19,23 @@ from springtide.errors import SpringtideError
 from springtide.files import replacing
 from springtide.kernels import native
 from springtide.model.stack import Stack
+from springtide.places import cache_home
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 384  # tokens in the cache
 PASSES = 8  # timed for each number of rows
-FILE = Path.home() / ".cache" / "springtide" / "costs.json"
+
+
+def place() -> Path:
+    """Where costs are kept."""
+    return cache_home() / "costs.json"
 
 
 def cost_of_rows(stack: Stack, policy: Policy) -> Callable[[float], float]:
     """Milliseconds of a pass (forward and LM head) after a short context, by its number of rows.
 
     Measured at ``ROWS`` rows, with straight lines through the points, when this machine has not seen the model under
-    the policy (resolved) before, and kept in ``~/.cache/springtide/costs.json``.
+    the policy (resolved) before, and kept in the user's cache.
     """
     known, name = _read(), key(stack, policy)
     if not _sound(known.get(name)):
@@ -87,7 +92,7 @@ def _sound(costs: Any) -> bool:
 def _read() -> dict[str, Any]:
     """The costs that were kept; none if the file is missing or broken, since they can be measured again."""
     try:
-        content = json.loads(FILE.read_text(encoding="utf-8"))
+        content = json.loads(place().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -95,7 +100,7 @@ def _read() -> dict[str, Any]:
 
 def _write(costs: dict[str, Any]) -> None:
     try:
-        with replacing(FILE, make=True) as temporary:
+        with replacing(place(), make=True) as temporary:
             temporary.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
     except SpringtideError:
         pass  # where nothing can be kept, costs are measured each time

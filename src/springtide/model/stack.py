@@ -56,6 +56,17 @@ def check_supported(model_type: str) -> None:
         )
 
 
+def fingerprint(model: PreTrainedModel) -> str:
+    """Tells models apart: of the embedding's first rows and the last norm, in bf16, whatever dtype they are in.
+
+    Raises SpringtideError for an unsupported architecture.
+    """
+    check_supported(model.config.model_type)
+    weights = (model.model.embed_tokens.weight[:64], model.model.norm.weight)
+    data = torch.cat([weight.detach().bfloat16().flatten() for weight in weights]).view(torch.int16).cpu()
+    return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
+
+
 class Stack:
     """Runs rows through the layers of a model, whose weights and configuration it leaves as they are."""
 
@@ -78,10 +89,7 @@ class Stack:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells models apart: of the embedding's first rows and the last norm, in bf16, whatever dtype they are in."""
-        weights = (self.model.model.embed_tokens.weight[:64], self.model.model.norm.weight)
-        data = torch.cat([weight.detach().bfloat16().flatten() for weight in weights]).view(torch.int16).cpu()
-        return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
+        return fingerprint(self.model)
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> list[Tensor]:
