@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from drafters import VOCAB, Letters
 from springtide.attention.policy import Policy
-from springtide.drafting.accept import accept
+from springtide.drafting.accept import Draft, accept
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.tree import TokenTree
 from springtide.engine.decide import decide
 from springtide.engine.request import Decision, Request
 from springtide.engine.text import Detokenizer
 from springtide.rows.cache import Cache
-from springtide.rows.sampling import Sampling
+from springtide.rows.sampling import Sampling, Seen
 from springtide.rows.segment import PREFIX, PromptEmbeds
 
 PROMPT, FAR = [1, 2, 3], 1000  # FAR: a context limit that is not met
@@ -29,7 +29,7 @@ def request_of(output=(), embeds=None, letters=True, **options):
     writer = Detokenizer(Letters(), sampling.stop) if letters else None
     request = Request(list(PROMPT), sampling, Policy(), Drafter(), Cache(1), 3, 3, embeds=embeds, writer=writer)
     for token in output:
-        request.gain(decide(request, TokenTree.single(request.tokens[-1]), said(token), (), FAR), 0, 0, 0.0)
+        request.gain(decided(request, token, tree=TokenTree.single(request.tokens[-1])), 0, 0, 0.0)
     return request
 
 
@@ -38,15 +38,21 @@ def said(*tokens):
     return torch.nn.functional.one_hot(torch.tensor(tokens), VOCAB).double()
 
 
+def kept(request, tree, logits):
+    """What the target accepts of a tree by its logits at the nodes."""
+    return accept([Draft(tree, logits, request.sampling, request.seen)])[0]
+
+
 def decided(request, *tokens, tree=CHAIN, eos=(), limit=FAR):
-    return decide(request, tree, said(*tokens), eos, limit)
+    """By a target that says ``tokens``, one at each node."""
+    return decide(request, kept(request, tree, said(*tokens)), eos, limit)
 
 
 # What is accepted
 
 
 def test_plain_decoding_gives_the_targets_token():
-    got = decide(request_of(), TokenTree.single(3), said(4), (), FAR)
+    got = decided(request_of(), 4, tree=TokenTree.single(3))
     assert got == Decision([0], [4], "e", None, accepted=0)
 
 
@@ -161,18 +167,18 @@ def test_a_tree_gives_what_its_nodes_give_one_at_a_time(picks, logits, options, 
     for number, (pick, token) in enumerate(picks):
         parent = pick % len(tree.tokens)
         if number < right:
-            lone = TokenTree.single(history[parent][-1])
-            token = accept(lone, table[parent : parent + 1], whole.sampling, history[parent]).tokens[0]
+            lone = Draft(TokenTree.single(0), table[parent : parent + 1], whole.sampling, Seen(history[parent]))
+            token = accept([lone])[0].tokens[0]
         if tree.child(parent, token) is None:
             history[len(tree.tokens)] = [*history[parent], token]
             tree.tokens.append(token)
             tree.parents.append(parent)
-    got = decide(whole, tree, table[: len(tree.tokens)], eos, FAR)
+    got = decide(whole, kept(whole, tree, table[: len(tree.tokens)]), eos, FAR)
 
     node, path, text = 0, [], ""
     while node is not None and single.finish_reason is None:
         path.append(node)
-        step = decide(single, TokenTree.single(single.tokens[-1]), table[node : node + 1], eos, FAR)
+        step = decide(single, kept(single, TokenTree.single(single.tokens[-1]), table[node : node + 1]), eos, FAR)
         single.gain(step, 0, 0, 0.0)
         text += step.text
         node = tree.child(node, step.tokens[0])

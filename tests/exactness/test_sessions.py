@@ -17,7 +17,7 @@ from springtide.drafting.drafter import Drafter
 from springtide.drafting.lookup import Lookup
 from springtide.engine.engine import Engine
 from springtide.engine.request import Request
-from stepping import poison
+from stepping import poison, prefilled
 from tiny import random_tokens, tiny
 
 LAYERS, COUNT, EOS = 3, 10, 5
@@ -58,7 +58,10 @@ def alone(prompt: tuple[int, ...], policy: str, sampling: int, drafter: str = "n
 
 @dataclass(frozen=True)
 class Join:
-    """A request to come. ``reuse`` picks one that has ended, whose cache is taken over; mostly it is a turn more."""
+    """A request to come. ``reuse`` picks one that has ended, whose cache is taken over; mostly it is a turn more.
+
+    What the session ``admitted``, instead of starting it, keeps its cache.
+    """
 
     prompt: int
     policy: str
@@ -68,6 +71,7 @@ class Join:
     stop: str
     ignore_eos: bool
     reuse: int | None
+    admitted: bool
 
     def expected(self, prompt: tuple[int, ...]) -> tuple[list[int], str, str]:
         """Tokens, text and finish reason."""
@@ -113,6 +117,7 @@ joins = st.builds(
     stop=st.sampled_from(["", "", "", "g", "ec", "gg", "def"]),
     ignore_eos=st.booleans(),
     reuse=st.none() | st.integers(0, 9),
+    admitted=st.booleans(),
 )
 turns = st.builds(
     Turn,
@@ -178,24 +183,28 @@ class Sitting:
         prompt = PROMPTS[join.prompt]
         if old is not None and join.reuse % 3:
             prompt = [*old.request.tokens, *OTHER[: join.prompt]]
-        request = self.session.add(
-            prompt,
-            policy=join.policy,
-            draft=DRAFTERS[join.drafter],
-            max_tokens=join.max_tokens,
-            stop=join.stop or (),
-            ignore_eos=join.ignore_eos,
-            reuse=None if old is None else old.request,
-            **SAMPLINGS[join.sampling],
-        )
+        options = SAMPLINGS[join.sampling] | {
+            "policy": join.policy,
+            "draft": DRAFTERS[join.drafter],
+            "max_tokens": join.max_tokens,
+            "stop": join.stop or (),
+            "ignore_eos": join.ignore_eos,
+            "reuse": None if old is None else old.request,
+        }
+        if join.admitted:
+            request = self.session.admit(self.engine.start(prompt, **options))
+        else:
+            request = self.session.add(prompt, **options)
         self.known.append(Known(join, tuple(prompt), request))
         if old is not None:
             old.reusable = False
-            self.check_taken_over(old.request, request)
+            self.check_exact(request)
+            assert request.cache.length == request.cache.exact < len(prompt)
 
     def cancel(self, number: int) -> None:
         if running := self.unfinished:
             known = running[number % len(running)]
+            self.check_exact(known.request)
             self.session.cancel(known.request)
             known.finish_reason = "cancelled"
 
@@ -213,6 +222,8 @@ class Sitting:
                     known.tokens += event.token_ids
                     known.text += event.text
                     known.finish_reason = event.finish_reason
+            if known.finish_reason is not None:
+                self.check_exact(known.request)
         self.check()
 
     def check(self) -> None:
@@ -231,10 +242,12 @@ class Sitting:
                 assert all(part.isfinite().all() for part in cache.read(layer, 0, cache.length))
             poison(cache, LAYERS)
 
-    def check_taken_over(self, old: Request, request: Request) -> None:
-        """No more rows than the tokens that both have, and none that was written sparsely."""
-        shared = next((i for i, (a, b) in enumerate(zip(old.tokens, request.tokens, strict=False)) if a != b), 10**6)
-        assert request.cache.length == request.cache.exact <= min(shared, len(request.tokens) - 1)
+    def check_exact(self, request: Request) -> None:
+        """What counts as written densely is what a dense prompt of these tokens writes."""
+        if count := request.cache.exact:
+            for layer, expected in enumerate(prefilled(self.engine, request.tokens[:count])):
+                for got, wanted in zip(request.cache.read(layer, 0, count), expected, strict=True):
+                    torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
 
     @property
     def unfinished(self) -> list[Known]:
@@ -255,6 +268,7 @@ def counted_heads(schedule: Schedule) -> Iterator[list[int]]:
         patch.setattr("springtide.engine.loop.CHUNK", schedule.chunk)
         for name in ("START", "RUN"):
             patch.setattr(f"springtide.engine.governor.{name}", 1)
+        patch.setattr("springtide.engine.memory.LEAST", 4)
         for adaptive in (False, True):
             patch.setattr(engine(adaptive).stack, "logits", count)
         yield rows
