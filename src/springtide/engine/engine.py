@@ -390,7 +390,7 @@ def _for_each(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
         if not isinstance(values, (list, tuple)):
             continue
         if len(values) != count:
-            raise SpringtideError(f"There are {len(values)} values of {name}, but {count} prompts; give one for each.")
+            raise SpringtideError(f"{name} has {len(values)} values, but there are {count} prompts; give one for each.")
         for own, value in zip(each, values, strict=True):
             own[name] = value
     return each
