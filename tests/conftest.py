@@ -80,3 +80,9 @@ def run(monkeypatch, capsys) -> Run:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def fresh(tmp_path) -> Path:
+    """A model folder to break."""
+    return save_model(tmp_path / "model")

@@ -12,12 +12,17 @@ from springtide.rows.pool import Pool
 from springtide.rows.segment import Segment
 
 
-def steps(engine, sequence, **options):
-    """Run a sequence to its end; yields after every pass. ``options`` are the loop's."""
+def passes(engine, sequences, **options):
+    """Run ``sequences`` to their ends side by side; yields after every pass. ``options`` are the loop's."""
     loop = Loop(engine.stack, engine.eos, **options)
-    while sequence.finish_reason is None:
-        loop.step([sequence])
+    while running := [sequence for sequence in sequences if sequence.finish_reason is None]:
+        loop.step(running)
         yield
+
+
+def steps(engine, sequence, **options):
+    """Run one sequence to its end; yields after every pass."""
+    return passes(engine, [sequence], **options)
 
 
 def holding(length, exact=None):

@@ -1,15 +1,12 @@
-"""From a folder or a model to an engine, and what the engine does with good and bad input."""
+"""From a folder or a model to an engine."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,34 +16,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import springtide
-from folders import VOCAB, edit_json, save_drafter, save_model, tokenizer
+from folders import PROMPT, VOCAB, edit_json, save_drafter, save_model, tokenizer
 from springtide import SpringtideError
-from springtide.attention import Tidal
 from springtide.attention.calibration import VERSION
-from springtide.attention.tidal import NotCalibratedError
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.medusa import Medusa
-from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
-from springtide.evaluation import brief
 from springtide.kernels import native
-from springtide.loading import calibration_folder, know_layers, under
-from tiny import random_tokens, tiny
+from springtide.loading import calibration_folder
+from tiny import tiny
 
-PROMPT = "The ship left the harbour"
 CALIBRATION = {"version": VERSION, "tidal": {"full": [], "select": [0, 2], "map": {"1": [1, 0], "3": [0, 0]}}}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def fresh(tmp_path) -> Path:
-    """A folder to break."""
-    return save_model(tmp_path / "model")
 
 
 @pytest.fixture(scope="module")
@@ -183,126 +164,6 @@ def test_a_models_own_folder_comes_first(fresh, home):
 def test_the_bundled_model_is_not_the_users_to_write_to(home):
     engine = springtide.load("pocket")
     assert calibration_folder(engine.stack.model).is_relative_to(home)
-
-
-# -- brief calibration ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def quickly(monkeypatch) -> None:
-    """Brief calibration in even less time."""
-    monkeypatch.setattr(brief, "LENGTH", 300)
-    monkeypatch.setattr(brief, "PROMPTS", 1)
-
-
-@pytest.mark.usefixtures("quickly")
-def test_a_model_without_calibration_is_calibrated_once(folder, calibrations):
-    said = r"^tidal: the model was not calibrated, so it was now, in \d+ s, kept in .*; `springtide calibrate` does"
-    with pytest.warns(UserWarning, match=said) as caught:
-        first = springtide.load(folder, policy="tidal:budget=8")
-    assert len(caught) == 1 and "\n" not in str(caught[0].message)
-    (kept,) = calibrations.iterdir()
-    assert str(kept) in str(caught[0].message)
-    content = json.loads(kept.read_text())
-    assert content["version"] == VERSION and content["tidal"]["length"] == 300
-    assert first.policy.dense_layers == tuple(sorted(content["tidal"]["full"] + content["tidal"]["select"]))
-    assert len(first.policy.dense_layers) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        for other in (folder, model, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)):
-            assert springtide.load(other, policy="tidal:budget=8").policy == first.policy
-        assert first.using("tidal:budget=8").policy == first.policy
-    assert first.generate(PROMPT, max_tokens=4).token_ids
-    assert not (folder / "springtide.json").exists()
-
-
-@pytest.mark.usefixtures("quickly")
-def test_another_model_is_calibrated_for_itself(folder, tmp_path, calibrations):
-    for number, other in enumerate((folder, save_model(tmp_path, hidden_size=64), folder), start=1):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            springtide.load(other, policy="tidal")
-        assert len(caught) == (number < 3) and len(list(calibrations.iterdir())) == min(number, 2)
-
-
-@pytest.mark.usefixtures("quickly")
-def test_a_calibration_that_is_not_wanted_is_not_used_for_a_brief_one(fresh):
-    (fresh / "springtide.json").write_text(json.dumps(CALIBRATION))
-    with pytest.warns(UserWarning, match="was not calibrated, so it was now"):
-        policy = springtide.load(fresh, policy="tidal:budget=8", calibrated=False).policy
-    assert len(policy.dense_layers) == 1
-
-
-@pytest.mark.usefixtures("quickly")
-def test_calibrated_for_every_engine_of_the_model(folder):
-    engine = springtide.load(folder)
-    other = engine.using("streaming:budget=8")
-    with pytest.raises(NotCalibratedError, match="not calibrated"):
-        other.using("tidal")
-    with pytest.warns(UserWarning, match="was not calibrated"):
-        policy = under(engine, "tidal").policy
-    assert other.using("tidal").policy == policy
-    assert engine.policy.name == "dense"
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(
-    "policy", ["dense", "tidal:layout=paper", "tidal:full=0,select=1", "quest", "streaming:budget=5%"]
-)
-def test_policies_that_need_no_calibration(folder, policy, calibrations, monkeypatch):
-    monkeypatch.setattr("springtide.evaluation.brief.calibrate_briefly", lambda *_: pytest.fail("calibrated"))
-    know_layers(springtide.load(folder, policy=policy), ["dense", policy])
-    assert not calibrations.exists()
-
-
-def test_without_a_tokenizer_nothing_can_be_calibrated(folder, calibrations):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(NotCalibratedError, match="not calibrated; run `springtide calibrate"):
-        springtide.load(model, policy="tidal")
-    assert not calibrations.exists()
-
-
-@pytest.mark.usefixtures("quickly")
-def test_a_home_that_cannot_be_written(folder, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match=r"so it was now, in \d+ s; `springtide calibrate`"):
-        springtide.load(folder, policy="tidal")
-
-
-@pytest.mark.usefixtures("quickly")
-def test_a_kept_calibration_that_is_broken(folder, calibrations):
-    with pytest.warns(UserWarning, match="was not calibrated"):
-        springtide.load(folder, policy="tidal")
-    (kept,) = calibrations.iterdir()
-    kept.write_text("{")
-    with pytest.raises(SpringtideError, match=r"calibrations.*\.json' is broken .* or delete the file"):
-        springtide.load(folder, policy="tidal")
-
-
-@pytest.mark.usefixtures("quickly")
-@pytest.mark.parametrize(("seconds", "steps"), [(29, 2), (31, 1)])
-def test_a_minute_is_the_most_that_it_may_take(folder, calibrations, monkeypatch, seconds, steps):
-    """Of two steps; whether that is enough is known after the first."""
-    readings = itertools.count(step=seconds)
-    monkeypatch.setattr(brief, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
-    if steps == 2:
-        with pytest.warns(UserWarning, match="so it was now"):
-            springtide.load(folder, policy="tidal")
-        return
-    with pytest.raises(
-        SpringtideError, match=r"would take more than a minute here; run .*tidal:layout=paper\.$"
-    ) as caught:
-        springtide.load(folder, policy="tidal")
-    assert "\n" not in str(caught.value) and next(readings) == 2 * seconds
-    assert not calibrations.exists()
-
-
-def test_a_context_too_short_to_calibrate_in(tmp_path):
-    folder = save_model(tmp_path, max_position_embeddings=60)
-    with pytest.raises(SpringtideError, match="A length of 59 is too short to calibrate at"):
-        springtide.load(folder, policy="tidal")
 
 
 # -- what cannot ---------------------------------------------------------------------------------------------------
@@ -592,182 +453,3 @@ def test_an_adapter_needs_peft(folder, adapted, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SpringtideError, match=r"needs the package peft; run pip install 'springtide\[train\]'"):
         springtide.load(folder, draft=adapted)
-
-
-# -- the engine ----------------------------------------------------------------------------------------------------
-
-
-def test_prompts_may_be_text_or_ids_one_or_many(engine):
-    ids = engine.encode(PROMPT)
-    one = engine.generate(PROMPT, max_tokens=5)
-    assert engine.generate(ids, max_tokens=5).token_ids == one.token_ids
-    for many in ([PROMPT, PROMPT], [ids, ids], [PROMPT, ids]):
-        assert [output.token_ids for output in engine.generate(many, max_tokens=5)] == [one.token_ids] * 2
-    assert [output.token_ids for output in engine.generate([PROMPT], max_tokens=5)] == [one.token_ids]
-    assert engine.generate(torch.tensor(ids), max_tokens=5).token_ids == one.token_ids
-    assert engine.generate(torch.tensor([ids]), max_tokens=5)[0].token_ids == one.token_ids
-    assert engine.generate([], max_tokens=5) == []
-
-
-def test_a_ragged_batch_gives_what_each_prompt_gives_alone(engine):
-    prompts = [random_tokens(n, seed=n, vocab=VOCAB) for n in (1, 40, 7, 600)]
-    alone = [engine.generate(prompt, max_tokens=8).token_ids for prompt in prompts]
-    assert [output.token_ids for output in engine.generate(prompts, max_tokens=8)] == alone
-
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"stop": ("e", "a")}])
-def test_a_stream_is_the_text_in_pieces(engine, options):
-    options = {"max_tokens": 24, **options}
-    pieces = list(engine.stream(PROMPT, **options))
-    assert all(pieces)
-    assert "".join(pieces) == engine.generate(PROMPT, **options).text
-
-
-def test_stop_strings_end_the_text_before_them(engine):
-    whole = engine.generate(PROMPT, max_tokens=24).text
-    stop = whole[7:10]
-    output = engine.generate(PROMPT, max_tokens=24, stop=stop)
-    assert output.text == whole[: whole.index(stop)]
-    assert output.finish_reason == "stop"
-    assert len(output.token_ids) < 24
-    with pytest.raises(SpringtideError, match="no tokenizer"):
-        springtide.load(tiny("qwen3")).generate(random_tokens(5), stop="a")
-
-
-class Foresight(Drafter):
-    """Drafts a chain of the tokens to come."""
-
-    def __init__(self, truth: list[int]) -> None:
-        self.truth = truth
-
-    def propose(self, views):
-        known = [len(view.tokens) for view in views]
-        chains = [[*view.tokens[-1:], *self.truth[n : n + 6]] for view, n in zip(views, known, strict=True)]
-        return [TokenTree(chain, list(range(-1, len(chain) - 1))) for chain in chains]
-
-
-def test_tokens_drafted_beyond_a_stop_string_are_dropped(engine):
-    ids = engine.encode(PROMPT)
-    whole = engine.generate(ids, max_tokens=24)
-    drafted = Engine(engine.stack.model, tokenizer(), drafter=Foresight([*ids, *whole.token_ids]))
-    assert drafted.generate(ids, max_tokens=24).token_ids == whole.token_ids
-    for at in range(2, 20, 3):
-        options = {"max_tokens": 24, "stop": whole.text[at : at + 2]}
-        expected, output = engine.generate(ids, **options), drafted.generate(ids, **options)
-        assert (output.text, output.token_ids) == (expected.text, expected.token_ids)
-        assert output.finish_reason == expected.finish_reason == "stop"
-
-
-def test_sequences_know_which_of_their_tokens_were_drafted(engine):
-    ids = engine.encode(PROMPT)
-    whole = engine.generate(ids, max_tokens=20)
-    drafted = Engine(engine.stack.model, tokenizer(), drafter=Foresight([*ids, *whole.token_ids]))
-    sequence = drafted.start(ids, springtide.Sampling(max_tokens=20))
-    list(drafted.run([sequence]))
-    # The first token comes with the prompt; a pass gives six drafted ones and one more.
-    assert sequence.from_draft == [False, *[*[True] * 6, False] * 2, *[True] * 4, False]
-    stats = sequence.stats()
-    assert (stats.passes, stats.accepted_tokens) == (3, sum(sequence.from_draft))
-    assert stats.acceptance_length == pytest.approx(19 / 3)
-    other = sequence.fork()
-    other.from_draft.append(True)
-    assert len(sequence.from_draft) == 20
-    cut = drafted.start(ids, springtide.Sampling(max_tokens=20, stop=(whole.text[4:6],)))
-    list(drafted.run([cut]))
-    assert cut.from_draft == sequence.from_draft[: len(cut.output)] and len(cut.output) < 20
-
-
-def test_end_of_sequence_ends_the_output(folder):
-    engine = springtide.load(folder)
-    ids = engine.generate(PROMPT, max_tokens=12).token_ids
-    engine.eos = frozenset([ids[4]])
-    output = engine.generate(PROMPT, max_tokens=12)
-    assert output.token_ids == ids[: ids.index(ids[4]) + 1]
-    assert output.finish_reason == "stop"
-    assert engine.generate(PROMPT, max_tokens=12, ignore_eos=True).token_ids == ids
-
-
-def test_the_context_limit_ends_the_output(engine):
-    output = engine.generate(random_tokens(1020, vocab=VOCAB), max_tokens=50)
-    assert (len(output.token_ids), output.finish_reason) == (4, "length")
-
-
-@pytest.mark.parametrize(
-    ("prompt", "options", "message"),
-    [
-        ("", {}, "prompt is empty"),
-        ([[]], {}, "prompt is empty"),
-        ([PROMPT, ""], {}, "prompt is empty"),
-        ([0, VOCAB], {}, f"between 0 and {VOCAB - 1}"),
-        ([-1], {}, "between 0 and"),
-        ([5] * 1024, {}, "1024 tokens, but the model's context holds 1024"),
-        ([0.5, 1.5], {}, "text or a list of token ids"),
-        ([3, "x"], {}, "text or a list of token ids"),
-        ("bytes \udcff", {}, "not UTF-8"),
-        (PROMPT, {"max_tokens": 0}, "max_tokens must be at least 1"),
-        (PROMPT, {"stop": ""}, "a stop string must not be empty"),
-        (PROMPT, {"max_length": 5}, "Unknown generation option 'max_length'; the options are: max_tokens, temperature"),
-    ],
-)
-def test_bad_requests(engine, prompt, options, message):
-    with pytest.raises(SpringtideError, match=message):
-        engine.generate(prompt, **options)
-
-
-def test_chat(engine):
-    messages = [{"role": "user", "content": "What is it?"}]
-    assert engine.encode("\n\nQuestion: What is it? Answer:") == engine.render(messages)
-    output = engine.chat(messages, max_tokens=4)
-    assert output.token_ids == engine.generate(engine.render(messages), max_tokens=4).token_ids
-
-
-def test_chat_that_cannot_be(engine):
-    with pytest.raises(SpringtideError, match=r"does not take these messages: .*empty"):
-        engine.chat([])
-    with pytest.raises(SpringtideError, match="not UTF-8"):
-        engine.chat([{"role": "user", "content": "\udcff"}])
-    for messages in ("Hello", [{"role": "user"}], ["Hello"]):
-        with pytest.raises(SpringtideError, match="Messages are a list"):
-            engine.chat(messages)
-    plain = AutoTokenizer.from_pretrained(engine.stack.model.name_or_path)
-    plain.chat_template = None
-    with pytest.raises(SpringtideError, match="no chat template"):
-        springtide.load(engine.stack.model, plain).chat([{"role": "user", "content": "Hi"}])
-    plain.chat_template = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(SpringtideError, match="does not take these messages: System role not supported"):
-        springtide.load(engine.stack.model, plain).chat([{"role": "system", "content": "Hi"}])
-
-
-def test_policies_by_name_and_as_objects(engine):
-    prompt = random_tokens(80, vocab=VOCAB)
-    layers = {"full": (0,), "select": 1}
-    named = engine.using("tidal:budget=16,full=0,select=1").generate(prompt, max_tokens=8)
-    assert engine.using(Tidal(budget=16, **layers)).generate(prompt, max_tokens=8).token_ids == named.token_ids
-    dense = engine.generate(prompt, max_tokens=8)
-    assert named.stats.kv_bytes_per_token < dense.stats.kv_bytes_per_token
-    covering = engine.using(Tidal(budget=500, **layers)).generate(prompt, max_tokens=8)
-    assert covering.token_ids == dense.token_ids
-
-
-def test_who_runs_sequences_may_end_one(engine):
-    sampling = springtide.Sampling(max_tokens=10)
-    sequences = [engine.start(random_tokens(n, vocab=VOCAB), sampling) for n in (4, 9)]
-    session = engine.session()
-    for sequence in sequences:
-        session.admit(sequence)
-    while session.unfinished:
-        session.step()
-        if len(sequences[0].output) == 3 and sequences[0].finish_reason is None:
-            session.cancel(sequences[0])
-    assert [(len(s.output), s.finish_reason) for s in sequences] == [(3, "cancelled"), (10, "length")]
-
-
-def test_the_users_model_stays_usable(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = torch.tensor([random_tokens(20, vocab=VOCAB)])
-    before = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
-    springtide.load(model).generate(ids[0].tolist(), max_tokens=4)
-    after = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
-    assert torch.equal(before, after)
-    model(ids, labels=ids).loss.backward()
-    assert model.lm_head.weight.grad is not None

@@ -16,7 +16,7 @@ from springtide.engine.engine import Engine
 from springtide.engine.governor import Governor
 from springtide.engine.loop import Loop
 from springtide.rows.sampling import Sampling
-from stepping import check_cache, steps
+from stepping import check_cache, passes, steps
 from tiny import random_tokens, tiny
 
 PROMPT = random_tokens(29)
@@ -189,15 +189,28 @@ def test_prompts_are_not_counted():
     assert governor.told == 2, "and given tokens are decoded"
 
 
-def test_typical_acceptance_keeps_its_drafts():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.8, "accept": "typical"},
+        {"policy": "quest:budget=4,page=4,skip=1"},
+        {"policy": "tidal:budget=7,full=0,select=1,rows=root"},
+    ],
+    ids=["typical acceptance", "quest", "a root that selects"],
+)
+def test_where_drafts_show_in_the_output_they_are_never_left_out(options):
+    """Or it would depend on time, and on what other requests took."""
     prompt = random_tokens(29, vocab=7)
     engine = Engine(model(vocab_size=7), drafter=Lookup(), adaptive=False)
-    options = {"max_tokens": 40, "temperature": 0.8, "accept": "typical"}
-    expected = engine.generate(prompt, **options)
+    expected = engine.generate(prompt, max_tokens=40, **options)
     assert expected.stats.accepted_tokens
-    sequence, governor = engine.start(prompt, Sampling(**options)), ByTurns()
+    sequence, governor = engine.start(prompt, max_tokens=40, **options), ByTurns()
     list(steps(engine, sequence, governor=lambda: governor))
     assert sequence.output == expected.token_ids and governor.asked == governor.told == 0
+    # A neighbour under another policy shares the drafter.
+    batch = [engine.start(prompt, max_tokens=40, **options), engine.start(prompt, max_tokens=40)]
+    list(passes(engine, batch, governor=lambda: governor))
+    assert batch[0].output == expected.token_ids and batch[1].output == engine.generate(prompt, max_tokens=40).token_ids
 
 
 @pytest.mark.parametrize(("kind", "least", "most"), [("wrong", 1, 20), ("oracle", 9, 18)])

@@ -82,10 +82,3 @@ def test_windows_are_read_from_the_configuration_as_the_layers_use_them(name):
     engine.policy = Spy()
     engine.generate(PROMPT, max_tokens=1)
     assert tuple(passed[i] for i in range(4)) == engine.stack.spec.windows
-
-
-def test_the_users_model_stays_as_it_was():
-    model = tiny("qwen3")
-    before = model.config._attn_implementation
-    Engine(model).generate(PROMPT, max_tokens=2)
-    assert model.config._attn_implementation == before

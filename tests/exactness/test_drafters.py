@@ -8,19 +8,15 @@ from functools import cache, partial
 import pytest
 import torch
 
-from springtide.drafting.hidden_transfer import HiddenTransfer
+from drafters import VOCAB, Letters, hidden_transfer, medusa
 from springtide.drafting.lookup import Lookup
-from springtide.drafting.medusa import Heads, Medusa
-from springtide.drafting.shape import grow
 from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
 from springtide.rows.sampling import Sampling
-from stepping import check_cache, poison
-from tiny import BASE, random_tokens, tiny
+from stepping import check_cache, passes, poison
+from tiny import random_tokens, tiny
 
-VOCAB, HIDDEN = 7, BASE["hidden_size"]
 COUNT = 24
-SHAPE = grow([[0.3] * 3] * 3, 17)  # 3 of 7 tokens, so that even guesses at random are often right, and often not
 PROMPT = random_tokens(29, vocab=VOCAB)
 PROMPTS = [PROMPT, *(random_tokens(length, seed=length, vocab=VOCAB) for length in (1, 6, 17, 40))]
 TIDAL = "tidal:budget=7,full=0,select=1"
@@ -30,20 +26,6 @@ SAMPLINGS = {
     "top-k": {"temperature": 1.5, "top_k": 3, "seed": 3},
     "repetition penalty": {"temperature": 0.7, "repetition_penalty": 3.0, "seed": 4},
 }
-
-
-def noise(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-
-def medusa(shared):
-    heads = Heads(0.3 * noise(1, 3, HIDDEN, HIDDEN), 0.3 * noise(1, 3, HIDDEN), None if shared else noise(3, VOCAB, 32))
-    return Medusa(heads, VOCAB, shape=SHAPE)
-
-
-def hidden_transfer(*layers):
-    weight = torch.eye(HIDDEN) + 0.1 * noise(3, HIDDEN, HIDDEN)
-    return HiddenTransfer(weight, 0.1 * noise(3, HIDDEN), layers, num_layers=4, vocab_size=VOCAB, shape=SHAPE)
 
 
 DRAFTERS = {
@@ -63,13 +45,6 @@ every_drafter = pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=DRAFTE
 every_case = pytest.mark.parametrize(("drafter", "policy"), CASES.values(), ids=CASES.keys())
 
 
-class Letters:
-    """A tokenizer with a letter for each token."""
-
-    def decode(self, tokens, **options):
-        return "".join(chr(ord("a") + token) for token in tokens)
-
-
 def engine(policy, drafter=None, dtype=torch.float64, **overrides):
     """It drafts in every pass."""
     model = tiny("qwen3", dtype, vocab_size=VOCAB, **overrides)
@@ -86,14 +61,6 @@ def complete(engine, prompt=PROMPT, count=COUNT, **options):
 def plain(policy, prompt=tuple(PROMPT), dtype=torch.float64, **options):
     """Output without a drafter."""
     return complete(engine(policy, dtype=dtype), list(prompt), **options).output
-
-
-def passes(engine, sequences, **options):
-    """Run ``sequences`` to their ends side by side; yields after every pass. ``options`` are the loop's."""
-    loop = Loop(engine.stack, engine.eos, **options)
-    while running := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        loop.step(running)
-        yield
 
 
 def figures(sequence):
@@ -199,6 +166,20 @@ def test_after_every_step_the_caches_are_those_of_fresh_prompts(drafter):
         for sequence in batch:
             check_cache(under, sequence)
     assert all(sequence.accepted for sequence in batch)
+
+
+@every_drafter
+def test_after_every_pass_drafts_are_those_of_a_fresh_prompt(drafter):
+    """What was rejected leaves no trace in what the drafter remembers."""
+    under = engine("dense", drafter)
+    sequence, rejected = under.start(PROMPT, Sampling(COUNT)), 0
+    for _ in passes(under, [sequence]):
+        fresh = under.start(sequence.tokens[:-1], Sampling(COUNT))
+        next(passes(under, [fresh]))
+        assert fresh.tokens == sequence.tokens
+        assert under.drafter.propose([sequence.view(9)]) == under.drafter.propose([fresh.view(9)])
+        rejected += sequence.drafted > sequence.accepted
+    assert rejected > 3
 
 
 @every_case

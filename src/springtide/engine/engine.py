@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
@@ -21,7 +21,7 @@ from springtide.drafting import find_adapter, find_drafter
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.guesser import Guesser
 from springtide.engine.governor import Governor
-from springtide.engine.loop import Loop
+from springtide.engine.loop import PLAIN, Loop
 from springtide.engine.request import FinishReason, Request, Stats
 from springtide.engine.session import Event, Session
 from springtide.engine.text import Detokenizer
@@ -88,7 +88,10 @@ class Engine:
 
     def resolve(self, policy: Policy | str) -> Policy:
         """The policy with everything that depends on the model filled in."""
-        return (parse_policy(policy) if isinstance(policy, str) else policy).resolve(self.stack.spec)
+        policy = parse_policy(policy) if isinstance(policy, str) else policy
+        if not isinstance(policy, Policy):
+            raise SpringtideError(f"A policy is text such as 'tidal:budget=256', or a Policy, but not {policy!r}.")
+        return policy.resolve(self.stack.spec)
 
     def using(self, policy: Policy | str) -> Engine:
         """The same model under another policy."""
@@ -108,6 +111,8 @@ class Engine:
         Its draft tree is chosen by what rows cost on this machine under the ``policy`` (default: the engine's). Raises
         SpringtideError if it is missing or broken, or would change the model.
         """
+        if not isinstance(draft, (Drafter, str, Path)):
+            raise SpringtideError(f"A drafter is a name such as 'lookup', a folder, or a Drafter, but not {draft!r}.")
         policy = policy or self.policy
         key = (id(draft) if isinstance(draft, Drafter) else str(draft), policy)
         if key not in self._drafters:
@@ -216,7 +221,7 @@ class Engine:
             draft: what proposes tokens to try (default: the engine's drafter), see :meth:`drafter_of`.
             prefill: how many tokens are computed as a prompt; the rest is decoded like generated ones (default: all).
             reuse: an earlier request whose cache is taken over as far as its tokens agree and are as a dense pass
-                writes them; it is not usable after.
+                writes them; it is left with an empty one.
             embeds: vectors in place of the first tokens, which may be any.
             watch, meter: see :class:`springtide.engine.request.Request`.
 
@@ -224,7 +229,7 @@ class Engine:
         fit the model or have no token after them, and bad options.
         """
         limit, vocab = self.stack.spec.context_limit, self.stack.spec.vocab_size
-        sampling = Sampling.of(**options) if sampling is None else replace(sampling, **options)
+        sampling = Sampling.of(**({} if sampling is None else vars(sampling)) | options)
         if sampling.stop:
             self._tokenizer()
         if not tokens:
@@ -240,7 +245,9 @@ class Engine:
             )
         if not all(0 <= token < vocab for token in tokens[0 if embeds is None else len(embeds) :]):
             raise SpringtideError(f"Token ids must be between 0 and {vocab - 1}.")
-        prefill = len(tokens) if prefill is None else prefill
+        prefill, most = len(tokens) if prefill is None else prefill, len(tokens) - (watch is not None)
+        if not 1 <= prefill <= most:
+            raise SpringtideError(f"prefill is {prefill}, but it must be between 1 and {most} for these tokens.")
         policy = self.policy if policy is None else self.resolve(policy)
         request = Request(
             list(tokens),
@@ -261,7 +268,7 @@ class Engine:
 
     def read(self, tokens: Sequence[int]) -> Request:
         """A request whose cache holds ``tokens``, computed densely, for :meth:`start` to reuse under any policy."""
-        request = self.start(tokens, Sampling(max_tokens=1), policy="dense", draft=Drafter())
+        request = self.start(tokens, Sampling(max_tokens=1), policy="dense", draft=PLAIN)
         for _ in self.run([request]):
             pass
         return request
@@ -304,7 +311,7 @@ class Engine:
         predicted: list[Tensor] = []
         session = self.session()
         session.admit(
-            self.start(tokens, draft=Drafter(), prefill=prefill, reuse=reuse, watch=predicted.append, meter=meter)
+            self.start(tokens, draft=PLAIN, prefill=prefill, reuse=reuse, watch=predicted.append, meter=meter)
         )
         while session.unfinished:
             session.step()
@@ -319,8 +326,9 @@ class Engine:
         rope, gaps = self.stack.spec.rope, 0 if embeds is None else embeds.gaps
         turned_alike = rope.shortest(reuse.prefill_end + gaps) == rope.shortest(prefill + gaps)
         alike = _common_prefix(reuse.tokens, tokens[:-1]) if reuse.embeds is embeds and turned_alike else 0
-        reuse.cache.crop(min(alike, reuse.cache.exact))
-        return reuse.cache
+        cache, reuse.cache = reuse.cache, reuse.cache.fork(0)
+        cache.crop(min(alike, cache.exact))
+        return cache
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -383,7 +391,7 @@ def _for_each(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
         if not isinstance(values, (list, tuple)):
             continue
         if len(values) != count:
-            raise SpringtideError(f"There are {len(values)} values of {name}, but {count} prompts; give one for each.")
+            raise SpringtideError(f"{name} has {len(values)} values, but there are {count} prompts; give one for each.")
         for own, value in zip(each, values, strict=True):
             own[name] = value
     return each

@@ -170,9 +170,7 @@ class Loop:
     def _governor(self, requests: Sequence[Request]) -> Governor | None:
         """Who decides whether ``requests``, which have one drafter, are drafted for; None where they always are."""
         drafter = requests[0].drafter
-        # Typical acceptance keeps what was drafted, so that leaving out drafts would change the output.
-        typical = any(request.sampling.accept == "typical" for request in requests)
-        if self.governor is None or typical or drafter.name == PLAIN.name:
+        if self.governor is None or drafter.name == PLAIN.name or any(_shows_drafts(request) for request in requests):
             return None
         if id(drafter) not in self._governors:
             self._governors[id(drafter)] = drafter, self.governor()
@@ -188,6 +186,11 @@ class Loop:
             governor.record(len(requests), tokens, seconds)
             for request in requests:
                 request.measured_gain = governor.gain(len(requests))
+
+
+def _shows_drafts(request: Request) -> bool:
+    """Whether leaving out drafts, which depends on time, would change the output."""
+    return request.sampling.accept == "typical" or not request.policy.rows_independent
 
 
 def _accepted(plans: Sequence[Plan], logits: Sequence[Tensor]) -> list[Accepted | None]:

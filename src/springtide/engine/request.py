@@ -176,12 +176,11 @@ class Request:
         if self.output:
             self.decode_bytes += bytes_read
             self.passes += 1
-            self.drafted += drafted
             self.decoded += len(decision.tokens)
         else:
             self.first_token = now
-            self.decoded += len(decision.tokens) - 1
         self.last_token = now
+        self.drafted += drafted
         self.tokens += decision.tokens
         self.seen.add(decision.tokens)
         self.accepted += decision.accepted
@@ -194,6 +193,7 @@ class Request:
         twin.tokens, twin.from_draft = list(self.tokens), list(self.from_draft)
         twin.cache, twin.state, twin.draft = self.cache.fork(), self.state.fork(), copy(self.draft)
         twin.seen = Seen(twin.tokens)
+        twin.writer = copy(self.writer)
         return twin
 
     def release(self) -> None:
@@ -217,7 +217,7 @@ class Request:
             passes=self.passes,
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,
-            acceptance_length=(count - 1) / self.passes if self.passes else None,
+            acceptance_length=self.decoded / self.passes if self.passes else None,
             predicted_gain=self.drafter.gain,
             measured_gain=self.measured_gain,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from springtide.engine.request import Request
+from springtide.options import at_least
 
 
 class Scheduler:
@@ -14,6 +15,7 @@ class Scheduler:
     """
 
     def __init__(self, max_requests: int = 16) -> None:
+        at_least(max_requests, 1, "max_requests")
         self.max_requests = max_requests
         self.waiting: deque[Request] = deque()
         self.running: deque[Request] = deque()

@@ -45,7 +45,12 @@ class Session:
         return request
 
     def admit(self, request: Request) -> Request:
-        """Queue a request that the engine has started; its cache stays its own when it has ended."""
+        """Queue a request that the engine has started; its cache stays its own when it has ended.
+
+        Raises SpringtideError for one that has ended, or is part of this session already.
+        """
+        if request.finish_reason is not None or request in self.unfinished:
+            raise SpringtideError("The request has ended, or is part of the session already; start another one.")
         self._scheduler.add(request)
         return request
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 UNFINISHED = "\ufffd"  # what a decoder shows for a character whose bytes have not all come
@@ -23,6 +23,9 @@ class Detokenizer:
     _done: int = 0  # tokens whose text is in _seen
     _context: int = 0  # tokens that are decoded again, so that spaces between words come out right
     _seen: str = ""
+
+    def __copy__(self) -> Detokenizer:
+        return replace(self, _tokens=list(self._tokens))
 
     def add(self, tokens: list[int]) -> str:
         """Take new tokens; returns the text that has become final."""

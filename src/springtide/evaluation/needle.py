@@ -265,7 +265,7 @@ def ask(engine: Engine, trial: Trial, policies: Sequence[Policy]) -> Tensor:
 def _predicted(engine: Engine, trial: Trial, question: Question, reader: Request) -> Tensor:
     """Log-probabilities for each token of the answer, fp64 ``[n, V]``; ``reader`` has read the context."""
     tokens = [*trial.context, *question.tokens, *question.answer]
-    logits = torch.cat(list(engine.predictions(tokens, len(trial.context), reader)))
+    logits = torch.cat(list(engine.predictions(tokens, len(trial.context), reader.fork())))
     return logits[-len(question.answer) :].double().log_softmax(-1)
 
 

@@ -97,7 +97,7 @@ def recall(
         asked = haystack.asked(trial)[0]
         for policy, meter in zip(policies, meters, strict=True):
             under = engine.using(policy)
-            list(under.predictions(trial.context + asked, len(trial.context), reader, meter=meter))
+            list(under.predictions(trial.context + asked, len(trial.context), reader.fork(), meter=meter))
         done.append(meters)
         yield rows
 

@@ -50,7 +50,7 @@ class Sampling:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         for holds, rule in (
-            (self.max_tokens >= 1, "max_tokens must be at least 1"),
+            (isinstance(self.max_tokens, int) and self.max_tokens >= 1, "max_tokens must be at least 1"),
             (self.temperature >= 0, "temperature must be 0 (greedy) or more"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
             (self.top_k >= 0, "top_k must be 0 (off) or more"),
