@@ -6,19 +6,26 @@ import pytest
 
 from springtide.attention.policy import Policy
 from springtide.drafting.drafter import Drafter
+from springtide.engine.engine import Engine
+from springtide.engine.memory import Memory
 from springtide.engine.request import Request
 from springtide.engine.scheduler import Scheduler
 from springtide.errors import SpringtideError
-from springtide.rows.cache import Cache
+from springtide.model.stack import Stack
 from springtide.rows.sampling import Sampling
+from tiny import tiny
+
+STACK = Stack(tiny())
 
 
-def request(length=3):
-    return Request([1] * length, Sampling(), Policy(), Drafter(), Cache(1), length, length)
+def request(length=3, lends=False):
+    made = Request([1] * length, Sampling(), Policy(), Drafter(), STACK.new_cache(), length, length)
+    made.lends = lends
+    return made
 
 
-def scheduler_of(*requests, places=16):
-    scheduler = Scheduler(places)
+def scheduler_of(*requests, places=16, rows=2):
+    scheduler = Scheduler(Memory(STACK), rows, places)
     for each in requests:
         scheduler.add(each)
     return scheduler
@@ -31,6 +38,22 @@ def read(request):
 
 def test_without_requests_there_is_no_pass():
     assert scheduler_of().schedule() == []
+
+
+def test_prompts_are_read_together_as_far_as_there_are_rows():
+    a, b, c = request(5), request(3), request(2)
+    assert scheduler_of(a, b, c, rows=10).schedule() == [a, b, c]
+    assert scheduler_of(a, b, c, rows=7).schedule() == [a, c]
+    assert scheduler_of(a, b, c, rows=1).schedule() == [a]
+    read(a)
+    assert scheduler_of(a, b, c, rows=4).schedule() == [a, b]
+
+
+def test_prompts_that_begin_alike_wait_for_one_another():
+    a, b, c = (request(40, lends=True) for _ in range(3))
+    c.tokens = [2] * 40
+    scheduler = scheduler_of(a, b, c, rows=100)
+    assert scheduler.schedule() == [a, c]
 
 
 def test_prompts_are_read_one_after_the_other_beside_all_that_decode():
@@ -80,4 +103,4 @@ def test_requests_that_are_alike_are_not_one():
 @pytest.mark.parametrize("places", [0, -1])
 def test_there_is_a_place_at_least(places):
     with pytest.raises(SpringtideError, match=f"max_requests is {places}, but it must be at least 1"):
-        Scheduler(places)
+        Engine(tiny()).session(max_requests=places)

@@ -126,10 +126,9 @@ def test_sessions_of_one_engine_do_not_know_each_other(engine):
 
 
 @pytest.mark.parametrize("passes", range(7), ids=str)
-def test_a_cancelled_request_gains_nothing_more(engine, passes, monkeypatch):
+def test_a_cancelled_request_gains_nothing_more(engine, passes):
     """While it waits for another's prompt, is read itself, decodes and is drafted for."""
-    monkeypatch.setattr("springtide.engine.loop.CHUNK", 16)
-    session = engine.session()
+    session = engine.session(max_rows=16)
     stays, goes = session.add(PROMPT, max_tokens=12), session.add(OTHER, max_tokens=12, draft=Lookup())
     for _ in range(passes):
         session.step()

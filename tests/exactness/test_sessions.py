@@ -174,7 +174,7 @@ class Sitting:
 
     def __init__(self, schedule: Schedule) -> None:
         self.engine, self.places = engine(schedule.adaptive), schedule.places
-        self.session = self.engine.session(schedule.places)
+        self.session = self.engine.session(max_requests=schedule.places)
         self.known: list[Known] = []
 
     def join(self, join: Join) -> None:

@@ -78,6 +78,15 @@ class Drafter:
         """The drafter, ready for ``target``; raises SpringtideError if it was made for another model."""
         return self
 
+    @property
+    def most_rows(self) -> int:
+        """Rows that a pass has for a request that is drafted for, at most."""
+        return 1
+
+    def memory(self, tokens: int) -> int:
+        """Bytes that the draft state of a request of so many tokens takes at most, where it grows with them."""
+        return 0
+
     def new_state(self) -> Any:
         """Draft state of a request of which nothing was computed yet; copied when the request is forked."""
         return None

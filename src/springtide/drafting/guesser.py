@@ -33,6 +33,10 @@ class Guesser(Drafter):
         """How many tokens ahead it guesses."""
         raise NotImplementedError
 
+    @property
+    def most_rows(self) -> int:
+        return len(self.favoured.parents)
+
     def rows(self, nodes: int) -> int:
         """Rows that cost as much as a pass over a tree of ``nodes`` nodes."""
         return nodes

@@ -122,6 +122,10 @@ class HiddenTransfer(Guesser):
     def steps(self) -> int:
         return len(self.layers)
 
+    @property
+    def most_rows(self) -> int:
+        return len(self.favoured.parents) * (1 + self.favoured.depth)
+
     def rows(self, nodes: int) -> int:
         """A pseudo row counts as much as the share of the layers that it runs through."""
         return math.ceil(nodes * (1 + sum(1 - layer / self.num_layers for layer in self.layers)))

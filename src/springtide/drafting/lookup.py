@@ -149,6 +149,15 @@ class Lookup(Drafter):
             raise SpringtideError(f"{self.name}: ngram is {self.ngram}, but it must be at most {LONGEST}.")
         return self
 
+    @property
+    def most_rows(self) -> int:
+        return 1 + self.tokens
+
+    def memory(self, tokens: int) -> int:
+        """The places of every n-gram, and a table of them that is up to three times as large as it need be."""
+        grams = self.ngram - self.min_ngram + 1
+        return 1024 + tokens * (32 + 22 * grams)
+
     def new_state(self) -> Index:
         return Index(self.min_ngram, self.ngram)
 

@@ -21,13 +21,15 @@ from springtide.drafting import find_adapter, find_drafter
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.guesser import Guesser
 from springtide.engine.governor import Governor
-from springtide.engine.loop import PLAIN, Loop
+from springtide.engine.loop import CHUNK, PLAIN, Loop
+from springtide.engine.memory import Memory
 from springtide.engine.request import FinishReason, Request, Stats
 from springtide.engine.session import Event, Session
 from springtide.engine.text import Detokenizer
 from springtide.errors import SpringtideError
 from springtide.model.cost import cost_of_rows
 from springtide.model.stack import Stack
+from springtide.options import Size, at_least, read
 from springtide.rows.cache import Cache
 from springtide.rows.sampling import Sampling
 from springtide.rows.segment import NO_TOKEN, PromptEmbeds
@@ -194,10 +196,23 @@ class Engine:
             raise SpringtideError(f"The model's chat template does not take these messages: {reason}.") from None
         return ids
 
-    def session(self, max_requests: int = 16) -> Session:
-        """Requests that come and go and share passes, ``max_requests`` at a time."""
-        loop = Loop(self.stack, self.eos, Governor if self.adaptive else None)
-        return Session(loop, lambda prompt, **options: self.start(self.encode(prompt), **options), max_requests)
+    def session(self, cache_memory: int | str | None = None, max_rows: int = CHUNK, max_requests: int = 16) -> Session:
+        """Requests that come and go and share passes.
+
+        Args:
+            cache_memory: bytes that caches and drafters' states may take, as a number or a text such as ``"4GiB"``
+                (default: no bound). Requests wait until there is room for all that they may come to take.
+            max_rows: rows of a pass; more of them read prompts faster, and make those that decode wait longer.
+            max_requests: that run at a time; others wait.
+
+        Raises SpringtideError for a size that cannot be read or numbers below 1.
+        """
+        limit = read(Size, cache_memory, "cache_memory") if isinstance(cache_memory, str) else cache_memory
+        for name, value in (("cache_memory", limit), ("max_rows", max_rows), ("max_requests", max_requests)):
+            at_least(1 if value is None else value, 1, name)
+        loop = Loop(self.stack, self.eos, Governor if self.adaptive else None, max_rows)
+        memory = Memory(self.stack, limit)
+        return Session(loop, lambda prompt, **options: self.start(self.encode(prompt), **options), memory, max_requests)
 
     def start(
         self,

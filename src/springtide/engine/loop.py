@@ -42,6 +42,7 @@ class Loop:
     stack: Stack
     eos: frozenset[int]
     governor: Callable[[], Governor] | None = None
+    max_rows: int = CHUNK
     clock: Callable[[], float] = time.perf_counter
     _governors: dict[int, tuple[Drafter, Governor]] = field(default_factory=dict)
 
@@ -67,6 +68,11 @@ class Loop:
         drafted = {plan.request: plan for plan in self._drafts(decoding)}
         return [plan or drafted[request] for request, plan in plans.items()]
 
+    @property
+    def chunk(self) -> int:
+        """Rows that a pass has of a prompt, at most: they do not depend on what else is in the pass."""
+        return min(CHUNK, self.max_rows)
+
     def _given(self, request: Request) -> Plan | None:
         """Rows of tokens that are known; None where the last of them alone is left, which is to be decoded."""
         if request.until_reread(self.stack.spec.rope) == 0:
@@ -74,7 +80,7 @@ class Loop:
         cached, known = request.cache.length, len(request.tokens)
         start = request.policy.resume(request.cache, request.prefilling)
         if request.prefilling:
-            return self._chain(request, "prompt", start, min(start + CHUNK, request.prefill_end))
+            return self._chain(request, "prompt", start, min(start + self.chunk, request.prefill_end))
         if start < cached:
             return self._chain(request, "refresh", start, cached + 1)
         if cached < known - 1:

@@ -68,11 +68,11 @@ class Request:
     """Tokens, how they are computed, and all that is needed to go on: cache, policy's state, drafter's state.
 
     ``embeds`` gives the first rows as vectors; their tokens hold their places. ``tokens[:cache.length]`` are in the
-    cache. Tokens before ``prefill_end`` are computed as a prompt; later ones, and all generated ones, as decoding.
-    The rows of the first ``lent`` were another request's. ``output_start`` is where the output begins. ``writer`` turns
-    it into text. Of the tokens that were ``drafted``,
-    ``accepted`` are in the output; it took ``passes`` passes after the prompt's. ``from_draft`` says of each token of
-    the output whether it was drafted. ``seen`` are the tokens as penalties count them.
+    cache. Tokens before ``prefill_end`` are computed as a prompt; later ones, and all generated ones, as decoding. A
+    request that ``lends`` shares rows with others of its session, and leaves its own to them when it ends; those of its
+    first ``lent`` tokens were another's. ``output_start`` is where the output begins. ``writer`` turns it into text. Of
+    the tokens that were ``drafted``, ``accepted`` are in the output; it took ``passes`` passes after the prompt's.
+    ``from_draft`` says of each token of the output whether it was drafted.
 
     With a ``watch`` nothing is generated: it is called with the logits ``[n, V]`` that predict the tokens from
     ``prefill_end`` on, n at a time, and the request ends with its tokens. ``meter`` is called with every sparse read.
@@ -93,6 +93,7 @@ class Request:
     draft: Any = field(init=False)
     seen: Seen = field(init=False)
     lent: int = 0
+    lends: bool = False
     finish_reason: FinishReason | None = None
     started: float = field(default_factory=time.perf_counter)
     first_token: float | None = None

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 
+from springtide.engine.memory import Memory
 from springtide.engine.request import Request
-from springtide.options import at_least
 
 
 class Scheduler:
-    """First come, first served: every decoding request, and the prompt of one that is still to be read.
+    """First come, first served, as far as ``memory`` has room: every decoding request, and prompts.
 
-    One prompt at a time bounds the rows of a pass, and the others keep decoding beside it.
+    A pass has ``max_rows`` rows, or one chunk of a prompt beside those that decode. A prompt waits for another one that
+    begins alike, so that this is computed once.
     """
 
-    def __init__(self, max_requests: int = 16) -> None:
-        at_least(max_requests, 1, "max_requests")
+    def __init__(self, memory: Memory, max_rows: int, max_requests: int) -> None:
+        self.memory = memory
+        self.max_rows = max_rows
         self.max_requests = max_requests
         self.waiting: deque[Request] = deque()
         self.running: deque[Request] = deque()
@@ -27,9 +29,24 @@ class Scheduler:
     def schedule(self) -> list[Request]:
         """The requests of the next pass; empty when all are done."""
         while self.waiting and len(self.running) < self.max_requests:
+            if not self.memory.admits(self.waiting[0], self.running):
+                break
             self.running.append(self.waiting.popleft())
-        prefilling = [request for request in self.running if request.prefilling][:1]
-        return [request for request in self.running if not request.prefilling] + prefilling
+        batch = [request for request in self.running if not request.prefilling]
+        return batch + self._prompts(self.max_rows - sum(request.drafter.most_rows for request in batch))
+
+    def _prompts(self, room: int) -> list[Request]:
+        """Prompts that are read in the next pass, in ``room`` rows."""
+        reading: list[Request] = []
+        for request in self.running:
+            if not request.prefilling or self.memory.waits(request, reading):
+                continue
+            self.memory.lend(request, self.running)
+            rows = request.prefill_end - request.cache.length
+            if not reading or rows <= room:
+                reading.append(request)
+                room -= rows
+        return reading
 
     def retire(self, request: Request) -> None:
         """Take out a request that has ended."""

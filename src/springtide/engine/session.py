@@ -29,28 +29,31 @@ class Event:
 class Session:
     """Requests of one engine that share passes, each with its own policy, drafter, sampling and limits.
 
-    ``step`` runs one pass for all of them. A session belongs to one thread; an engine may have many sessions.
+    ``step`` runs one pass for all of them. What several requests begin with is computed and stored once, also after the
+    first of them has ended. A session belongs to one thread; an engine may have many sessions.
     """
 
-    def __init__(self, loop: Loop, start: Callable[..., Request], max_requests: int) -> None:
-        self._loop, self._start = loop, start
-        self._scheduler = Scheduler(max_requests)
-        self._memory = Memory(loop.stack.spec.rope)
-        self._own: set[Request] = set()  # requests whose caches are the session's
+    def __init__(self, loop: Loop, start: Callable[..., Request], memory: Memory, max_requests: int) -> None:
+        self._loop, self._start, self._memory = loop, start, memory
+        self._scheduler = Scheduler(memory, loop.max_rows, max_requests)
 
     def add(self, prompt: str | Sequence[int], **options: Any) -> Request:
-        """Queue a prompt (text or token ids), with the options of :meth:`springtide.Engine.start`."""
-        request = self.admit(self._start(prompt, **options))
-        self._own.add(request)
-        return request
+        """Queue a prompt (text or token ids), with the options of :meth:`springtide.Engine.start`.
+
+        Raises SpringtideError for a bad prompt or option, and for a request that is too large for the session's memory.
+        """
+        request = self._start(prompt, **options)
+        request.lends = True
+        return self.admit(request)
 
     def admit(self, request: Request) -> Request:
         """Queue a request that the engine has started; its cache stays its own when it has ended.
 
-        Raises SpringtideError for one that has ended, or is part of this session already.
+        Raises SpringtideError for one that has ended, or is part of this session already, or is too large.
         """
         if request.finish_reason is not None or request in self.unfinished:
             raise SpringtideError("The request has ended, or is part of the session already; start another one.")
+        self._memory.check(request)
         self._scheduler.add(request)
         return request
 
@@ -59,17 +62,13 @@ class Session:
         batch = self._scheduler.schedule()
         if not batch:
             return []
-        for request in batch:
-            if request in self._own and request.cache.length == 0:
-                self._memory.lend(request, self._scheduler.running)
         events = []
         for request, decision in self._loop.step(batch):
             events.append(Event(request, decision.text, decision.tokens, request.finish_reason))
             if request.finish_reason is not None:
                 self._scheduler.retire(request)
-                if request in self._own:
-                    self._own.remove(request)
-                    self._memory.keep(request)
+                if request.lends:
+                    self._memory.keep(request, self._scheduler.running)
         return events
 
     def run(self) -> Iterator[Event]:
@@ -86,8 +85,16 @@ class Session:
             raise SpringtideError("The request has ended already, or is not of this session; cancel one that runs.")
         request.finish_reason = "cancelled"
         self._scheduler.retire(request)
-        self._own.discard(request)
         request.release()
+
+    def forget(self) -> None:
+        """Free what is kept of requests that ended."""
+        self._memory.clear()
+
+    @property
+    def memory(self) -> int:
+        """Bytes that caches and drafters' states take; what requests share is counted once."""
+        return self._memory.used(self._scheduler.running)
 
     @property
     def unfinished(self) -> list[Request]:

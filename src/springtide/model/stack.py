@@ -19,7 +19,7 @@ from springtide import kernels
 from springtide.attention.policy import Layer, Policy, dense_bytes, gathered
 from springtide.drafting.drafter import Drafter
 from springtide.errors import SpringtideError
-from springtide.kernels import KV, Reads, native
+from springtide.kernels import KV, PAGE, Reads, native
 from springtide.model.fused import FusedLayer, Parts
 from springtide.rows.cache import Cache
 from springtide.rows.pool import Pool
@@ -83,6 +83,13 @@ class Stack:
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of the cache, in all layers."""
+        spec = self.spec
+        slot = 2 * spec.num_layers * spec.kv_heads * spec.head_dim * self.model.dtype.itemsize
+        return self.pool.page_bytes or PAGE * slot
 
     def new_cache(self) -> Cache:
         return Cache(self.pool)

@@ -51,6 +51,7 @@ class ModelSpec:
     context_limit: int
     hidden_size: int = 0
     kv_heads: int = 0
+    head_dim: int = 0
     rope: Rope = Rope()
     calibration: dict[str, Any] | None = None
 
@@ -64,6 +65,7 @@ class ModelSpec:
             context_limit=_context_limit(config),
             hidden_size=config.hidden_size,
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             rope=Rope.of(config),
             calibration=calibration,
         )

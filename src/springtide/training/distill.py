@@ -113,7 +113,7 @@ def distill(prompts: Prompts, out: Path, count: int, sampling: Sampling, batch: 
     Raises SpringtideError for a file whose lines are of other prompts, and when it cannot be written.
     """
     engine = prompts.engine
-    session = engine.session(batch)
+    session = engine.session(max_requests=batch)
     written = started = _lines_of(out, prompts)
     lines: dict[int, str] = {}  # finished, but not written yet
     running: dict[Request, int] = {}
