@@ -6,7 +6,9 @@ import torch
 
 from springtide.attention.policy import Policy
 from springtide.engine.loop import Loop
+from springtide.kernels import PAGE
 from springtide.rows.cache import Cache
+from springtide.rows.pool import Pool
 from springtide.rows.segment import Segment
 
 
@@ -20,7 +22,7 @@ def steps(engine, sequence, **options):
 
 def holding(length, exact=None):
     """A cache of one layer that pretends to hold ``length`` tokens."""
-    cache = Cache(1)
+    cache = Cache(Pool(1))
     cache.length, cache.exact = length, length if exact is None else exact
     return cache
 
@@ -42,8 +44,9 @@ def check_cache(engine, sequence):
 
 
 @torch.inference_mode()
-def poison(cache, layers):
-    """Make everything that is not committed unusable."""
+def poison(cache, layers, value=torch.nan):
+    """Make everything on the cache's pages that is not committed unusable."""
     for layer in range(layers):
-        for part in cache.read(layer, cache.length, 10**6):
-            part.fill_(torch.nan)
+        like, _ = cache.read(layer, 0, 1)
+        rows = like.new_full((len(like), len(cache.table) * PAGE - cache.length, like.shape[2]), value)
+        cache.write(layer, cache.length, rows, rows)

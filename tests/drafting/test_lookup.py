@@ -18,6 +18,7 @@ from springtide.engine.engine import Engine
 from springtide.errors import SpringtideError
 from springtide.loading import load
 from springtide.rows.cache import Cache
+from springtide.rows.pool import Pool
 from springtide.rows.sampling import Sampling
 from stepping import check_cache, poison, steps
 from tiny import random_tokens, tiny
@@ -55,7 +56,7 @@ def propose(tokens, state=None, **options):
 
 
 def proposed(drafter, state, tokens):
-    (tree,) = drafter.propose([View(tokens, 99, state, Cache(1), Policy(), None)])
+    (tree,) = drafter.propose([View(tokens, 99, state, Cache(Pool(1)), Policy(), None)])
     return tree
 
 

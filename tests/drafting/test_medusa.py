@@ -17,6 +17,7 @@ from springtide.engine.loop import Loop
 from springtide.errors import SpringtideError
 from springtide.model.stack import Stack
 from springtide.rows.cache import Cache
+from springtide.rows.pool import Pool
 from springtide.rows.sampling import Sampling
 from tiny import BASE, random_tokens, tiny
 
@@ -140,7 +141,7 @@ def test_the_tree_is_filled_from_the_hidden_state_of_the_last_accepted_row(name,
 
 def propose(drafter, state):
     """A tree behind tokens 3 and 4."""
-    (tree,) = drafter.propose([View([3, 4], 9, state, Cache(1), Policy(), None)])
+    (tree,) = drafter.propose([View([3, 4], 9, state, Cache(Pool(1)), Policy(), None)])
     return tree
 
 

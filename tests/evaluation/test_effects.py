@@ -137,7 +137,7 @@ class PerturbedPass(Pass):
         sparse = out.clone()
         for head in range(len(keys)) if change.head is None else [change.head]:
             own, kv = slice(head * group, (head + 1) * group), slice(head, head + 1)
-            sparse[:, own] = reference.attend(
+            sparse[:, own], _ = reference.attend(
                 q[:, own], keys[kv], values[kv], layer.scale, read[:, head], layer.softcap
             )
         return out + change.epsilon * (sparse - out)
@@ -164,7 +164,7 @@ def test_attention_has_the_gradients_of_the_reference(rows, before, kv_heads, gr
     mask = torch.rand(rows, before + rows, generator=draws) < 0.5
     mask[torch.arange(rows), before + torch.arange(rows)] = True
     seen = mask if masked else None
-    expected, out = reference.attend(q, k, v, 0.6, seen, softcap), Attention.apply(q, k, v, seen, 0.6, softcap)
+    (expected, _), out = reference.attend(q, k, v, 0.6, seen, softcap), Attention.apply(q, k, v, seen, 0.6, softcap)
     assert_close(out, expected)
     towards = torch.randn(q.shape, generator=draws, dtype=torch.float64)
     truths = torch.autograd.grad(expected, (q, k, v), towards)

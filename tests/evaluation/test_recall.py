@@ -14,6 +14,7 @@ from springtide.engine.engine import Engine
 from springtide.evaluation.needle import Haystack
 from springtide.evaluation.recall import LayerRecall, Meter, recall
 from springtide.rows.cache import Cache
+from springtide.rows.pool import Pool
 from springtide.rows.segment import Segment
 from tiny import tiny
 
@@ -63,7 +64,7 @@ def test_nothing_holds_more_than_the_oracle_and_more_budget_holds_more(engine, h
 def test_every_head_is_measured_by_itself():
     """Two rows, two KV heads that share four query heads: logits are keys, times 1, 2 for the queries of a head."""
     logits = torch.tensor([[0.0, 1.0, 2.0, 0.5], [3.0, 0.0, 1.0, 2.0]])  # [H_kv, L]
-    cache = Cache(1)
+    cache = Cache(Pool(1))
     cache.write(0, 0, logits[..., None], logits[..., None])
     segment = Segment.chain(cache, 2, [7, 7], "decode", Policy())
     q = torch.tensor([1.0, 2.0, 1.0, 2.0]).expand(2, 4)[..., None]

@@ -15,7 +15,7 @@ from springtide.drafting.shape import grow
 from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
 from springtide.rows.sampling import Sampling
-from stepping import check_cache
+from stepping import check_cache, poison
 from tiny import BASE, random_tokens, tiny
 
 VOCAB, HIDDEN = 7, BASE["hidden_size"]
@@ -214,8 +214,7 @@ def test_rejected_and_pseudo_rows_are_out_of_reach(drafter, policy):
             length = sequence.cache.length
             for layer in range(under.stack.spec.num_layers):
                 assert all(part.isfinite().all() for part in sequence.cache.read(layer, 0, length))
-                for part in sequence.cache.read(layer, length, 10**6):
-                    part.fill_(value)
+            poison(sequence.cache, under.stack.spec.num_layers, value)
         return figures(sequence)
 
     assert run(torch.nan) == run(0.0)

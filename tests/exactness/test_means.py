@@ -23,6 +23,7 @@ from springtide.engine.loop import Loop
 from springtide.errors import SpringtideError
 from springtide.options import Share, amount
 from springtide.rows.cache import Cache
+from springtide.rows.pool import Pool
 from springtide.rows.sampling import Sampling
 from springtide.rows.segment import PREFIX, Segment
 from stepping import holding, steps
@@ -165,7 +166,7 @@ def test_means_are_those_of_the_cache_at_every_step(policy, length, end, reads):
 def test_what_is_read_stays_within_the_headroom(budget, means, length, correct):
     """As short as their number allows, and the same for all rows until the next block is full."""
     policy = Tidal(budget=budget, means=means, correct=correct)
-    segments = [Segment.chain(Cache(1), length + i, [0], "decode", Policy()) for i in range(STEP)]
+    segments = [Segment.chain(Cache(Pool(1)), length + i, [0], "decode", Policy()) for i in range(STEP)]
     found = [(policy.blocks(segment), policy.tokens(segment)) for segment in segments]
     if amount(means, policy.budget_at(length + 1)) < policy.budget_at(length + 1):
         assert found[0][0] == blocks_of(policy, length)
@@ -468,7 +469,7 @@ def clustered(seed, spread, prefix=650):
 
     slots = normal(2, KV_HEADS, -(-prefix // 64), HEAD_DIM).repeat_interleave(64, 2)[:, :, :prefix]
     slots = torch.cat([slots, normal(2, KV_HEADS, 1, HEAD_DIM)], 2)
-    cache = Cache(1)
+    cache = Cache(Pool(1))
     cache.write(0, 0, *slots + spread * normal(*slots.shape))
     return normal(1, KV_HEADS * GROUP, HEAD_DIM), Segment(cache, prefix, [0], [PREFIX], "decode", Policy())
 

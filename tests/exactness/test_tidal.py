@@ -24,6 +24,7 @@ from springtide.evaluation.recall import Meter
 from springtide.kernels.reference import keep_first
 from springtide.options import KVHead, Share
 from springtide.rows.cache import Cache
+from springtide.rows.pool import Pool
 from springtide.rows.sampling import Sampling
 from springtide.rows.segment import PREFIX, Segment
 from springtide.rows.spec import ModelSpec
@@ -179,7 +180,7 @@ KV_HEADS, GROUP, HEAD_DIM, SCALE = 2, 3, 8, 0.5
 def case(seed, prefix=20, parents=(PREFIX, 0, 1), dtype=torch.float32):
     """Random queries of a segment and the segment, whose keys are in its cache."""
     generator = torch.Generator().manual_seed(seed)
-    cache = Cache(1)
+    cache = Cache(Pool(1))
     keys, values = torch.randn(2, KV_HEADS, prefix + len(parents), HEAD_DIM, generator=generator).to(dtype)
     cache.write(0, 0, keys, values)
     q = torch.randn(len(parents), KV_HEADS * GROUP, HEAD_DIM, generator=generator).to(dtype)
@@ -276,7 +277,7 @@ def test_itself_then_the_newest_then_the_oldest_are_kept(seed, sinks, recent, bu
 @given(st.integers(0, 10**6), st.integers(1, 5000), st.integers(1, 5000))
 def test_what_is_always_kept_never_ties(seed, sinks, recent):
     """However many there are, fp32 tells them apart."""
-    segment = Segment.chain(Cache(1), 12_000 + seed % 100, [0], "decode", Policy())
+    segment = Segment.chain(Cache(Pool(1)), 12_000 + seed % 100, [0], "decode", Policy())
     ranking = keep_first(torch.zeros(1, 1, segment.length), segment.seen(), sinks, recent)
     kept = ranking[ranking > 0]
     assert len(kept) == sinks + recent and len(kept.unique()) == len(kept)

@@ -13,7 +13,7 @@ from springtide.kernels import native
 
 pytestmark = pytest.mark.skipif(not native.levels(), reason="the C++ kernels were not built")
 
-ROWS, HEADS, KV_HEADS, LENGTH, HEAD_DIM, BUDGET = 3, 4, 2, 50, 32, 5
+ROWS, HEADS, KV_HEADS, LENGTH, HEAD_DIM, BUDGET = 3, 4, 2, 300, 32, 5
 
 
 @pytest.fixture
@@ -21,23 +21,40 @@ def level():
     return native._cpu.level(native.levels()[0])
 
 
+def ones(*shape, dtype=torch.float32):
+    return torch.ones(shape, dtype=dtype)
+
+
+def paged(shape=(4, 2, KV_HEADS, native._cpu.PAGE, HEAD_DIM), dtype=torch.float32):
+    return native._cpu.Pages(ones(*shape, dtype=dtype))
+
+
+def request(**changes):
+    right = {
+        "table": [3, 1],
+        "prefix": LENGTH - ROWS,
+        "length": LENGTH,
+        "positions": torch.arange(LENGTH - ROWS, LENGTH, dtype=torch.int32),
+        "low": torch.zeros(ROWS, dtype=torch.int32),
+        "tail": ones(ROWS, ROWS, dtype=torch.bool),
+    }
+    return native._cpu.Request(**right | changes)
+
+
+def reads(*more, **changes):
+    return native._cpu.Reads([request(**changes), *more])
+
+
 def attend(**changes):
     """Arguments of a dense call that is right."""
     right = {
         "q": torch.randn(ROWS, HEADS, HEAD_DIM),
-        "k": torch.randn(KV_HEADS, LENGTH, HEAD_DIM),
-        "v": torch.randn(KV_HEADS, LENGTH, HEAD_DIM),
+        "pages": paged(),
+        "reads": reads(),
         "out": torch.empty(ROWS, HEADS, HEAD_DIM),
+        "lse": torch.empty(ROWS, HEADS),
         "scale": 0.2,
         "softcap": 0.0,
-        "prefix": LENGTH - ROWS,
-        "low": torch.zeros(ROWS, dtype=torch.int32),
-        "tail": torch.ones(ROWS, ROWS, dtype=torch.bool),
-        "index": None,
-        "mask": None,
-        "mean_k": None,
-        "mean_v": None,
-        "weight": 1.0,
         "threads": 1,
     }
     return right | changes
@@ -45,32 +62,26 @@ def attend(**changes):
 
 def gather(**changes):
     """Arguments of a gathered call that is right."""
-    return (
-        attend(
-            low=None,
-            tail=None,
-            index=torch.arange(BUDGET).expand(ROWS, KV_HEADS, -1).contiguous(),
-            mask=torch.ones(ROWS, KV_HEADS, BUDGET, dtype=torch.bool),
-            mean_k=torch.randn(KV_HEADS, 2, HEAD_DIM),
-            mean_v=torch.randn(KV_HEADS, 2, HEAD_DIM),
-            weight=64.0,
-        )
-        | changes
+    right = attend(
+        index=torch.arange(BUDGET).expand(ROWS, KV_HEADS, -1).contiguous(),
+        mask=ones(ROWS, KV_HEADS, BUDGET, dtype=torch.bool),
+        mean_k=torch.randn(KV_HEADS, 2, HEAD_DIM),
+        mean_v=torch.randn(KV_HEADS, 2, HEAD_DIM),
+        weight=64.0,
     )
+    return right | changes
 
 
 def select(**changes):
     right = {
         "q": torch.randn(ROWS, HEADS, HEAD_DIM),
-        "k": torch.randn(KV_HEADS, LENGTH, HEAD_DIM),
+        "pages": paged(),
+        "reads": reads(),
         "index": torch.empty(ROWS, KV_HEADS, BUDGET, dtype=torch.int64),
         "sinks": 1,
         "recent": 1,
         "scale": 0.2,
         "softcap": 0.0,
-        "prefix": LENGTH - ROWS,
-        "tail": None,
-        "positions": torch.arange(LENGTH - ROWS, LENGTH, dtype=torch.int32),
         "largest": True,
         "joined": True,
         "threads": 1,
@@ -89,10 +100,6 @@ def linear(**changes):
     return right | changes
 
 
-def ones(*shape, dtype=torch.float32):
-    return torch.ones(shape, dtype=dtype)
-
-
 def named(at):
     """An index with one slot at ``at``."""
     index = torch.zeros(ROWS, KV_HEADS, BUDGET, dtype=torch.int64)
@@ -100,29 +107,26 @@ def named(at):
     return index
 
 
+TURNED = ones(ROWS, HEAD_DIM, HEADS).transpose(1, 2)
+BF16 = torch.bfloat16
+
 WRONG = {
     "no tensor": (attend(q=[1.0]), TypeError, "q must be a torch tensor, but it is a list"),
-    "an array": (attend(k=np.ones((KV_HEADS, LENGTH, HEAD_DIM), np.float32)), TypeError, "k must be a torch tensor"),
+    "an array": (attend(q=np.ones((ROWS, HEADS, HEAD_DIM), np.float32)), TypeError, "q must be a torch tensor"),
     "another device": (attend(q=torch.ones(ROWS, HEADS, HEAD_DIM, device="meta")), ValueError, "q must be on the CPU"),
-    "another dtype": (attend(q=ones(ROWS, HEADS, HEAD_DIM, dtype=torch.bfloat16)), TypeError, "q must be float32"),
-    "no kernels": (attend(k=ones(KV_HEADS, LENGTH, HEAD_DIM, dtype=torch.float64)), TypeError, "k must be float32 or"),
-    "few values": (attend(v=ones(KV_HEADS, LENGTH - 1, HEAD_DIM)), ValueError, "v must have shape"),
+    "another dtype": (attend(q=ones(ROWS, HEADS, HEAD_DIM, dtype=BF16)), TypeError, "q must be float32"),
+    "pages of another": (attend(pages=paged(dtype=BF16)), TypeError, "q must be bfloat16, but it is float32"),
     "another head size": (attend(q=ones(ROWS, HEADS, HEAD_DIM // 2)), ValueError, "q must have shape"),
+    "too few rows": (attend(q=ones(ROWS - 1, HEADS, HEAD_DIM)), ValueError, "q must have shape"),
     "too few dimensions": (attend(q=ones(HEADS, HEAD_DIM)), ValueError, "q must have shape"),
     "heads that share none": (attend(q=ones(ROWS, 3, HEAD_DIM), out=ones(ROWS, 3, HEAD_DIM)), ValueError, "multiple"),
-    "turned queries": (attend(q=ones(ROWS, HEAD_DIM, HEADS).transpose(1, 2)), ValueError, "q must be contiguous"),
-    "turned keys": (attend(k=ones(KV_HEADS, HEAD_DIM, LENGTH).transpose(1, 2)), ValueError, "k must be contiguous"),
-    "slots apart": (attend(k=ones(KV_HEADS, 2 * LENGTH, HEAD_DIM)[:, ::2]), ValueError, "k must be contiguous"),
-    "nothing to see": (attend(k=ones(KV_HEADS, 0, HEAD_DIM)), ValueError, "k is empty"),
+    "turned queries": (attend(q=TURNED), ValueError, "q must be contiguous"),
+    "pages that are not there": (attend(reads=reads(table=[0, 4])), ValueError, "a table names pages that are not"),
+    "of another request": (attend(reads=reads(request(table=[9, 1]))), ValueError, "a table names pages"),
     "short output": (attend(out=ones(ROWS - 1, HEADS, HEAD_DIM)), ValueError, "out must have shape"),
     "spread output": (attend(out=ones(1, HEADS, HEAD_DIM).expand(ROWS, -1, -1)), ValueError, "out must be contiguous"),
-    "prefix too long": (attend(prefix=LENGTH + 1), ValueError, "prefix must be between"),
-    "prefix below 0": (attend(prefix=-1), ValueError, "prefix must be between"),
-    "wide low": (attend(low=torch.zeros(ROWS, dtype=torch.int64)), TypeError, "low must be int32, but it is int64"),
-    "short low": (attend(low=torch.zeros(1, dtype=torch.int32)), ValueError, "low must have shape"),
-    "narrow tail": (attend(tail=ones(ROWS, ROWS - 1, dtype=torch.bool)), ValueError, "tail must have shape"),
-    "tail of numbers": (attend(tail=ones(ROWS, ROWS)), TypeError, "tail must be bool"),
-    "turned tail": (attend(tail=ones(ROWS, ROWS, dtype=torch.bool).tril().T), ValueError, "tail must be contiguous"),
+    "another mass": (attend(lse=ones(ROWS, KV_HEADS)), ValueError, "lse must have shape"),
+    "narrow mass": (attend(lse=ones(ROWS, HEADS, dtype=BF16)), TypeError, "lse must be float32"),
     "no threads": (attend(threads=0), ValueError, "threads must be positive"),
     "index of 32 bits": (gather(index=named(0).int()), TypeError, "index must be int64, but it is int32"),
     "slot beyond": (gather(index=named(LENGTH)), ValueError, "index names slots that are not there"),
@@ -133,17 +137,16 @@ WRONG = {
     "mask of numbers": (gather(mask=ones(ROWS, KV_HEADS, BUDGET)), TypeError, "mask must be bool"),
     "keys' means alone": (gather(mean_v=None), ValueError, "mean_k and mean_v come together"),
     "other means": (gather(mean_k=ones(KV_HEADS, 3, HEAD_DIM)), ValueError, "mean_v must have shape"),
-    "means of another dtype": (gather(mean_k=ones(KV_HEADS, 2, HEAD_DIM).bfloat16()), TypeError, "mean_k must be"),
+    "means of another dtype": (gather(mean_k=ones(KV_HEADS, 2, HEAD_DIM, dtype=BF16)), TypeError, "mean_k must be"),
     "means that weigh nothing": (gather(weight=0.0), ValueError, "weight must be at least 1"),
-    "mask without index": (attend(mask=ones(ROWS, KV_HEADS, 1, dtype=torch.bool)), ValueError, "go with an index"),
     "select: more than there are": (
         select(index=torch.empty(ROWS, KV_HEADS, LENGTH + 1, dtype=torch.int64)), ValueError, "room for more slots"),
     "select: index of 32 bits": (
         select(index=torch.empty(ROWS, KV_HEADS, 1, dtype=torch.int32)), TypeError, "index must be int64"),
-    "select: rows beyond": (select(prefix=LENGTH), ValueError, "prefix and rows are more than the slots"),
-    "select: short positions": (select(positions=torch.zeros(1, dtype=torch.int32)), ValueError, "positions must have"),
+    "select: two requests": (
+        select(reads=reads(request()), q=ones(2 * ROWS, HEADS, HEAD_DIM)), ValueError, "one request at a time"),
     "linear: another width": (linear(x=ones(ROWS, 31)), ValueError, "x must have shape"),
-    "linear: another dtype": (linear(x=ones(ROWS, 32).bfloat16()), TypeError, "x must be float32"),
+    "linear: another dtype": (linear(x=ones(ROWS, 32, dtype=BF16)), TypeError, "x must be float32"),
     "linear: turned weight": (linear(weight=ones(32, 16).T), ValueError, "weight must be contiguous"),
     "linear: long bias": (linear(bias=ones(17)), ValueError, "bias must have shape"),
     "linear: short output": (linear(out=ones(ROWS, 15)), ValueError, "out must have shape"),
@@ -153,19 +156,71 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_is_refused_in_a_sentence(level, case):
     arguments, error, sentence = WRONG[case]
-    call = level.linear if "weight" in arguments and "x" in arguments else level.attend
-    call = level.select if "sinks" in arguments else call
+    kinds = {"bias": level.linear, "sinks": level.select, "index": level.gather, "lse": level.attend}
+    call = next(call for name, call in kinds.items() if name in arguments)
     with pytest.raises(error, match=sentence) as raised:
         call(**arguments)
     assert str(raised.value).endswith(".") and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "sentence"),
+    [
+        ({"table": [-1, 0]}, ValueError, "page numbers must not be negative"),
+        ({"table": [0]}, ValueError, "the table must have a page for every slot"),
+        ({"length": 513}, ValueError, "the table must have a page for every slot"),
+        ({"length": 0}, ValueError, "length must be positive"),
+        ({"prefix": LENGTH + 1}, ValueError, "prefix must be between"),
+        ({"prefix": -1}, ValueError, "prefix must be between"),
+        ({"prefix": LENGTH, "tail": None}, ValueError, "prefix and rows are more than the slots"),
+        ({"positions": torch.arange(ROWS)}, TypeError, "positions must be int32, but it is int64"),
+        ({"positions": torch.zeros(4, dtype=torch.int32)}, ValueError, "low must have shape"),
+        ({"low": torch.zeros(ROWS, dtype=torch.int64)}, TypeError, "low must be int32, but it is int64"),
+        ({"low": torch.zeros(1, dtype=torch.int32)}, ValueError, "low must have shape"),
+        ({"tail": ones(ROWS, ROWS - 1, dtype=torch.bool)}, ValueError, "tail must have shape"),
+        ({"tail": ones(ROWS, ROWS)}, TypeError, "tail must be bool"),
+        ({"tail": ones(ROWS, ROWS, dtype=torch.bool).T.expand(ROWS, ROWS).tril().T}, ValueError, "tail must be contig"),
+    ],
+)
+def test_a_request_that_does_not_fit_is_refused(changes, error, sentence):
+    with pytest.raises(error, match=sentence):
+        request(**changes)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "error", "sentence"),
+    [
+        (ones(4, 2, 2, 256, 8, dtype=torch.float64), TypeError, "pages must be float32 or bfloat16"),
+        (ones(4, 2, 2, 255, 8), ValueError, "pages must have shape"),
+        (ones(4, 3, 2, 256, 8), ValueError, "pages must have shape"),
+        (ones(0, 2, 2, 256, 8), ValueError, "pages are empty"),
+        (ones(4, 2, 2, 512, 8)[:, :, :, ::2], ValueError, "pages must be contiguous"),
+        (ones(4, 2, 2, 8, 256).transpose(3, 4), ValueError, "pages must be contiguous"),
+    ],
+)
+def test_pages_that_do_not_fit_are_refused(tensor, error, sentence):
+    with pytest.raises(error, match=sentence):
+        native._cpu.Pages(tensor)
+
+
+def test_rows_that_do_not_fit_the_pages_are_not_written():
+    rows, write = ones(KV_HEADS, ROWS, HEAD_DIM), native._cpu.write
+    write(paged(), reads(), rows, rows)
+    for pages, own, keys, sentence in (
+        (paged(), reads(table=[0, 7]), rows, "a table names pages"),
+        (paged(), reads(), rows[:, :2], "keys must have shape"),
+        (paged(), reads(prefix=LENGTH, tail=ones(ROWS, 0, dtype=torch.bool)), rows, "more than the slots"),
+        (paged(), reads(), rows.transpose(1, 2).contiguous().transpose(1, 2), "keys must be contiguous"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            write(pages, own, keys, rows)
+
+
 def test_what_is_right_is_taken(level):
     level.attend(**attend())
-    level.attend(**gather())
+    level.gather(**gather())
     level.select(**select())
     level.linear(**linear())
-    level.attend(**attend(q=ones(0, HEADS, HEAD_DIM), out=ones(0, HEADS, HEAD_DIM), low=None, tail=None))
 
 
 def layer(**changes):
@@ -233,18 +288,19 @@ def test_rows_that_do_not_fit_a_layer_are_refused(level):
 
 HUNGRY = """
 import resource, torch
-from springtide.kernels import Visible, native
+from springtide.kernels import KV, Reads, Visible, native
 
 torch.set_num_threads(2)
 level = native._cpu.level(native.levels()[0])
 rows, length = 64, 1 << 19
-q, k = torch.ones(rows, 1, 8), torch.ones(1, length, 8)
+q, kv = torch.ones(rows, 1, 8), KV.of(*torch.ones(2, 1, length, 8))
 x, weight = torch.ones(1 << 15, 512), torch.ones(1, 512)
 how = dict(sinks=1, recent=1, pool="mean", softcap=None)
 
 def choose(rows, length, heads):
     seen = Visible(length - rows, length, torch.arange(length - rows, length, dtype=torch.int32))
-    return native.choose(level, q[:rows], k[:, :length], 1.0, seen, 4, heads=heads, **how)[0].tolist()
+    own = KV(kv.pages, Reads(kv.reads.tables, (seen,)))
+    return native.choose(level, q[:rows], own, 1.0, 4, heads=heads, **how)[0].tolist()
 
 choose(1, 16, "all")
 with open("/proc/self/statm") as file:

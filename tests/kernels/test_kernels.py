@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from springtide import kernels
-from springtide.kernels import Means, Visible, native, reference
+from springtide.kernels import KV, Means, Visible, native, reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2}
 
@@ -53,6 +54,11 @@ def naive(q, k, v, scale, visible, softcap=None):
     return out
 
 
+def whole(q, k, v):
+    """Pages of which every row sees everything."""
+    return KV.of(k, v, Visible.all(len(q), k.shape[1]))
+
+
 def assert_near(got, expected, dtype=None):
     """Within the tolerance of ``dtype`` (default: ``got``'s own), relative to the largest value."""
     assert got.shape == expected.shape
@@ -69,7 +75,7 @@ def test_reference_is_the_formula(case):
         mask[:, 0] = True
     seen = torch.ones(len(q), k.shape[1], dtype=torch.bool) if mask is None else mask
     expected = naive(q, k, v, 0.3, lambda row, _: seen[row].nonzero()[:, 0].tolist(), softcap)
-    assert_near(reference.attend(q, k, v, 0.3, mask, softcap), expected)
+    assert_near(reference.attend(q, k, v, 0.3, mask, softcap)[0], expected)
 
 
 @settings(deadline=None, max_examples=80)
@@ -77,9 +83,12 @@ def test_reference_is_the_formula(case):
 def test_attend_equals_reference(case):
     q, k, v, mask, softcap = case
     scale = q.shape[2] ** -0.5
-    got = kernels.attend(q, k, v, scale, None if mask is None else Visible.by(mask), softcap)
+    seen = Visible.all(len(q), k.shape[1]) if mask is None else Visible.by(mask)
+    got, lse = kernels.attend(q, KV.of(k, v, seen), scale, softcap)
     assert got.dtype == q.dtype
-    assert_near(got, reference.attend(q.double(), k.double(), v.double(), scale, mask, softcap))
+    expected, mass = reference.attend(q.double(), k.double(), v.double(), scale, mask, softcap)
+    assert_near(got, expected)
+    assert_near(lse, mass, q.dtype)
 
 
 @settings(deadline=None, max_examples=60)
@@ -95,8 +104,10 @@ def test_gathered_equals_attend_with_that_mask(case, budget, seed):
     valid[:, 0] = True
     mask = torch.zeros(rows, length, dtype=torch.bool).scatter(1, index, valid)
     index, valid = (x[:, None].expand(-1, k.shape[0], -1) for x in (index, valid))
-    got = kernels.attend_gathered(q, k, v, index, 0.2, valid, softcap)
-    assert_near(got, reference.attend(q.double(), k.double(), v.double(), 0.2, mask, softcap))
+    got, lse = kernels.attend_gathered(q, whole(q, k, v), index, 0.2, valid, softcap)
+    expected, mass = reference.attend(q.double(), k.double(), v.double(), 0.2, mask, softcap)
+    assert_near(got, expected)
+    assert_near(lse, mass, q.dtype)
 
 
 @settings(deadline=None, max_examples=20)
@@ -108,7 +119,7 @@ def test_gathered_reads_each_kv_heads_own_slots(case, budget, seed):
     order = torch.rand(len(q), *k.shape[:2], generator=generator).argsort(-1)
     index = order[..., :budget]
     expected = naive(q, k, v, 0.2, lambda row, kv_head: index[row, kv_head].tolist(), softcap)
-    assert_near(kernels.attend_gathered(q, k, v, index, 0.2, softcap=softcap), expected)
+    assert_near(kernels.attend_gathered(q, whole(q, k, v), index, 0.2, softcap=softcap)[0], expected)
 
 
 # Means of blocks
@@ -147,7 +158,7 @@ def test_a_mean_is_as_many_slots_that_are_all_alike(case, budget, count, tokens,
         return (slots if mask is None else slots[mask[row, kv_head]]).tolist() + blocks
 
     expected = naive(q, keys, values, 0.2, visible, softcap)
-    assert_near(reference.attend_gathered(q, k, v, index, 0.2, mask, softcap, means), expected)
+    assert_near(reference.attend_gathered(q, k, v, index, 0.2, mask, softcap, means)[0], expected)
 
 
 @pytest.mark.parametrize("level", ["native", "torch"])
@@ -160,10 +171,10 @@ def test_gathered_with_means_equals_reference(level, case, budget, count, tokens
     with pytest.MonkeyPatch.context() as patch:
         if level == "torch":
             patch.setattr(native, "level", lambda: None)
-        got = kernels.attend_gathered(q, k, v, index, 0.2, mask, softcap, means)
+        got, _ = kernels.attend_gathered(q, whole(q, k, v), index, 0.2, mask, softcap, means)
     wide = Means(means.keys.double(), means.values.double(), tokens)
     assert got.dtype == q.dtype
-    assert_near(got, reference.attend_gathered(q.double(), k.double(), v.double(), index, 0.2, mask, softcap, wide))
+    assert_near(got, reference.attend_gathered(q.double(), k.double(), v.double(), index, 0.2, mask, softcap, wide)[0])
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -172,7 +183,8 @@ def test_blocks_weigh_as_many_as_their_tokens(dtype, tokens):
     """Where all logits are equal, the values alone are averaged; a block's is 1, a slot's is 0."""
     q, k = torch.zeros(1, 2, 32, dtype=dtype), torch.randn(1, 400, 32, dtype=torch.float64).to(dtype)
     means = Means(k[:, :3], torch.ones_like(k[:, :3]), tokens)
-    got = kernels.attend_gathered(q, k, torch.zeros_like(k), torch.arange(300).view(1, 1, 300), 1.0, means=means)
+    slots = torch.arange(300).view(1, 1, 300)
+    got, _ = kernels.attend_gathered(q, KV.of(k, torch.zeros_like(k)), slots, 1.0, means=means)
     assert_near(got, torch.full((1, 2, 32), 3 * tokens / (3 * tokens + 300), dtype=torch.float64), dtype)
 
 
@@ -212,7 +224,7 @@ def test_means_of_blocks(seed, blocks, more, tokens):
 @given(cases())
 def test_scores_are_the_scaled_and_capped_products(case):
     q, k, _, _, softcap = case
-    got = kernels.scores(q, k, 0.7, softcap)
+    got = kernels.scores(q, whole(q, k, k), 0.7, softcap)
     grouped = q.double().unflatten(1, (k.shape[0], -1))
     expected = torch.stack([grouped[:, head] @ k[head].double().T * 0.7 for head in range(k.shape[0])], dim=1)
     if softcap is not None:
@@ -225,7 +237,7 @@ def test_softcap_bounds_the_logits():
     q = torch.full((1, 1, 32), 100.0)
     k = torch.cat([torch.full((1, 1, 32), 100.0), torch.zeros(1, 1, 32)], dim=1)
     v = torch.eye(2, 32)[None]
-    weights = kernels.attend(q, k, v, 1.0, softcap=2.0)[0, 0, :2]
+    weights = kernels.attend(q, KV.of(k, v), 1.0, softcap=2.0)[0][0, 0, :2]
     torch.testing.assert_close(weights, torch.tensor([2.0, 0.0]).softmax(-1))
 
 
@@ -233,8 +245,8 @@ def test_masked_slots_do_not_count_even_with_the_largest_logit():
     q, k, v = torch.ones(1, 1, 32), torch.ones(1, 2, 32), torch.ones(1, 2, 32)
     k[:, 1], v[:, 1] = 1e3, 1e6
     mask = torch.tensor([[True, False]])
-    assert torch.equal(kernels.attend(q, k, v, 1.0, Visible.by(mask)), torch.ones(1, 1, 32))
-    assert torch.equal(reference.attend(q, k, v, 1.0, mask), torch.ones(1, 1, 32))
+    assert torch.equal(kernels.attend(q, KV.of(k, v, Visible.by(mask)), 1.0)[0], torch.ones(1, 1, 32))
+    assert torch.equal(reference.attend(q, k, v, 1.0, mask)[0], torch.ones(1, 1, 32))
 
 
 @settings(deadline=None, max_examples=40)
@@ -248,3 +260,25 @@ def test_select_gives_the_highest_in_ascending_order(seed, length, budget):
             values = ranking[row, head].tolist()
             best = sorted(range(length), key=lambda i: -values[i])[:budget]
             assert got[row, head].tolist() == sorted(best)
+
+
+@settings(deadline=None, max_examples=40)
+@given(cases(), st.lists(st.integers(0, 70), max_size=3), st.integers(0, 2**31))
+def test_merged_parts_are_attention_over_all_of_them(case, cuts, seed):
+    """Of some parts a row may see nothing; then whatever the part says of it does not count."""
+    q, k, v, mask, softcap = case
+    length = k.shape[1]
+    edges = sorted({0, length, *(cut for cut in cuts if cut < length)})
+    parts = []
+    for start, stop in pairwise(edges):
+        own = None if mask is None else mask[:, start:stop]
+        seen = Visible.all(len(q), stop - start) if own is None else Visible.by(own)
+        out, lse = kernels.attend(q, KV.of(k[:, start:stop], v[:, start:stop], seen), 0.2, softcap)
+        unseen = lse == -torch.inf
+        assert own is None or torch.equal(unseen, ~own.any(1)[:, None].expand_as(unseen))
+        parts.append((out.masked_fill(unseen[..., None], torch.nan), lse))
+    out, lse = kernels.merge(parts)
+    expected, mass = reference.attend(q.double(), k.double(), v.double(), 0.2, mask, softcap)
+    assert out.dtype == q.dtype
+    assert_near(out, expected)
+    assert_near(lse, mass, q.dtype)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from springtide import kernels
-from springtide.kernels import Means, Visible, native, reference
+from springtide.kernels import KV, Means, Reads, Visible, native, reference
 from springtide.rows.cache import Cache
+from springtide.rows.pool import Pool
 from springtide.rows.segment import PREFIX, Segment
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -55,8 +56,13 @@ def segments(draw):
     """Rows that follow a prefix: a chain or a tree; and a window, if any."""
     rows, prefix = draw(st.sampled_from([1, 2, 5, 17, 40, 70])), draw(st.sampled_from([1, 30, 128, 300, 2300]))
     parents = [draw(st.integers(-1, row - 1)) for row in range(rows)] if draw(st.booleans()) else range(-1, rows - 1)
-    segment = Segment(Cache(1), prefix, [0] * rows, [PREFIX if p < 0 else p for p in parents], "decode", None)
+    segment = Segment(Cache(Pool(1)), prefix, [0] * rows, [PREFIX if p < 0 else p for p in parents], "decode", None)
     return segment, draw(st.sampled_from([None, None, 1, 20, 200]))
+
+
+def everything(rows, k, v):
+    """Pages of which every row sees everything."""
+    return KV.of(k, v, Visible.all(rows, k.shape[1]))
 
 
 @for_every_level
@@ -65,13 +71,13 @@ def segments(draw):
 def test_attend(level, data, rows):
     """A prefix of any length, chains, trees, windows, soft caps, groups that do and don't fill a tile."""
     case, (segment, window) = Draw(data), rows
-    start = 0 if window is None else max(0, segment.prefix - window + 1)
-    seen = segment.seen(window, start)
+    seen = segment.seen(window)
     q, k, v = case.q(len(segment.tokens)), case.slots(seen.length), case.slots(seen.length)
-    got = native.attend(level, q, k, v, case.scale, seen, case.softcap)
-    expected = reference.attend(q.double(), k.double(), v.double(), case.scale, seen.mask, case.softcap)
-    assert got.dtype == case.dtype
+    got, lse = native.attend(level, q, KV.of(k, v, seen), case.scale, case.softcap)
+    expected, mass = reference.attend(q.double(), k.double(), v.double(), case.scale, seen.mask, case.softcap)
+    assert got.dtype == case.dtype and lse.dtype == torch.float32
     near(got, expected, TOLERANCE[case.dtype])
+    near(lse, mass, TOLERANCE[case.dtype])
 
 
 @for_every_level
@@ -85,9 +91,11 @@ def test_attend_gathered(level, data, rows, budget):
     if data.draw(st.booleans()):
         mask = torch.rand(index.shape, generator=case.generator) < 0.6
         mask[..., 0] = True
-    got = native.attend(level, q, k, v, case.scale, None, case.softcap, index, mask)
-    expected = reference.attend_gathered(q.double(), k.double(), v.double(), index, case.scale, mask, case.softcap)
+    got, lse = native.attend_gathered(level, q, everything(rows, k, v), index, case.scale, mask, case.softcap, None)
+    wide = (x.double() for x in (q, k, v))
+    expected, mass = reference.attend_gathered(*wide, index, case.scale, mask, case.softcap)
     near(got, expected, TOLERANCE[case.dtype])
+    near(lse, mass, TOLERANCE[case.dtype])
 
 
 @for_every_level
@@ -110,9 +118,10 @@ def test_attend_gathered_with_means(level, data, shape, count, tokens, head_dim,
         mask = torch.rand(index.shape, generator=case.generator) < shown
         mask[::2, :, 0] = True
         mask[1::3] = False
-    got = native.attend(level, q, k, v, case.scale, None, case.softcap, index, mask, means)
+    kv = everything(rows, k, v)
+    got, _ = native.attend_gathered(level, q, kv, index, case.scale, mask, case.softcap, means)
     wide = Means(means.keys.double(), means.values.double(), tokens)
-    expected = reference.attend_gathered(
+    expected, _ = reference.attend_gathered(
         q.double(), k.double(), v.double(), index, case.scale, mask, case.softcap, wide
     )
     assert got.dtype == case.dtype
@@ -128,13 +137,14 @@ def test_means_may_lie_in_any_order(level, dtype):
     keys, values = (torch.randn(3, 200, 40, generator=generator).to(dtype) for _ in range(2))
     index = torch.rand(2, 3, 90, generator=generator).argsort(-1)[..., :50]
     whole = Means(keys[:, 20:57].contiguous(), values[:, 20:57].contiguous(), 64)
-    expected = native.attend(level, q, k, v, 0.2, None, None, index, None, whole)
+    kv = everything(len(q), k, v)
+    expected, _ = native.attend_gathered(level, q, kv, index, 0.2, None, None, whole)
     parts = Means(keys[:, 20:], values[:, 20:], 64).cut(37)
     inside = Means(*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (whole.keys, whole.values)), 64)
     turned = Means(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (whole.keys, whole.values)), 64)
     assert not any(x.is_contiguous() for x in (parts.keys, inside.keys, turned.values))
     for means in (parts, inside, turned, Means(parts.keys, whole.values, 64), Means(whole.keys, parts.values, 64)):
-        assert torch.equal(native.attend(level, q, k, v, 0.2, None, None, index, None, means), expected)
+        assert torch.equal(native.attend_gathered(level, q, kv, index, 0.2, None, None, means)[0], expected)
 
 
 @for_every_level
@@ -144,8 +154,8 @@ def test_long_prefixes_are_cut_and_joined(level):
     q = torch.randn(2, 4, 32, generator=generator)
     k, v = (torch.randn(2, 9000, 32, generator=generator) for _ in range(2))
     k *= torch.linspace(0, 3, 9000)[None, :, None]
-    got = native.attend(level, q, k, v, 0.5, None, None)
-    near(got, reference.attend(q.double(), k.double(), v.double(), 0.5), 1e-5)
+    got, _ = native.attend(level, q, everything(2, k, v), 0.5, None)
+    near(got, reference.attend(q.double(), k.double(), v.double(), 0.5)[0], 1e-5)
 
 
 @for_every_level
@@ -159,20 +169,20 @@ def test_a_row_is_the_same_alone_and_among_others(level, dtype):
     index = torch.rand(40, 2, 5000, generator=generator).argsort(-1)[..., :3000].contiguous()
     mask = torch.rand(index.shape, generator=generator) < 0.5
     means = Means.of(k[:, :4992], v[:, :4992], 64)
-    gathered = native.attend(level, q, k, v, 0.2, None, None, index, mask, means)
-    together = native.attend(level, q, k, v, 0.2, Visible(5000, 5040, positions), None)
-    chosen = native.choose(level, q, k, 0.2, Visible(5000, 5040, positions), 99, **PLAIN)
+    kv = KV.of(k, v, Visible(5000, 5040, positions))
+    gathered, _ = native.attend_gathered(level, q, kv, index, 0.2, mask, None, means)
+    together, _ = native.attend(level, q, kv, 0.2, None)
+    chosen = native.choose(level, q, kv, 0.2, 99, **PLAIN)
     weight = torch.randn(48, 512, generator=generator).to(dtype)
     x = torch.randn(40, 512, generator=generator).to(dtype)
     product = native.linear(level, x, weight)
     for row in (0, 17, 39):
-        alone = Visible(5000 + row, 5001 + row, positions[row : row + 1])
-        seen_k, seen_v = k[:, : 5001 + row], v[:, : 5001 + row]
-        assert torch.equal(native.attend(level, q[row : row + 1], seen_k, seen_v, 0.2, alone, None)[0], together[row])
-        own = (index[row : row + 1], mask[row : row + 1])
-        only = native.attend(level, q[row : row + 1], seen_k, seen_v, 0.2, None, None, *own, means)
+        own, seen = slice(row, row + 1), Visible(5000 + row, 5001 + row, positions[row : row + 1])
+        alone = KV(kv.pages, Reads(kv.reads.tables, (seen,)))
+        assert torch.equal(native.attend(level, q[own], alone, 0.2, None)[0][0], together[row])
+        only, _ = native.attend_gathered(level, q[own], alone, index[own], 0.2, mask[own], None, means)
         assert torch.equal(only[0], gathered[row])
-        assert torch.equal(native.choose(level, q[row : row + 1], seen_k, 0.2, alone, 99, **PLAIN)[0], chosen[row])
+        assert torch.equal(native.choose(level, q[own], alone, 0.2, 99, **PLAIN)[0], chosen[row])
         assert torch.equal(native.linear(level, x[row : row + 1], weight)[0], product[row])
 
 
@@ -183,12 +193,13 @@ def test_threads_change_nothing(level, threads):
     q, k = torch.randn(3, 4, 32, generator=generator), torch.randn(1, 5000, 32, generator=generator)
     index, means = torch.arange(4000).expand(3, 1, -1), Means.of(k, k, 100)
     before = torch.get_num_threads()
-    expected = native.attend(level, q, k, k, 0.2, None, None)
-    gathered = native.attend(level, q, k, k, 0.2, None, None, index, None, means)
+    kv = everything(3, k, k)
+    expected, _ = native.attend(level, q, kv, 0.2, None)
+    gathered, _ = native.attend_gathered(level, q, kv, index, 0.2, None, None, means)
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(native.attend(level, q, k, k, 0.2, None, None), expected)
-        assert torch.equal(native.attend(level, q, k, k, 0.2, None, None, index, None, means), gathered)
+        assert torch.equal(native.attend(level, q, kv, 0.2, None)[0], expected)
+        assert torch.equal(native.attend_gathered(level, q, kv, index, 0.2, None, None, means)[0], gathered)
     finally:
         torch.set_num_threads(before)
 
@@ -208,7 +219,7 @@ def test_choose(level, data, rows, budget, sinks, recent, pool, heads):
     seen = segment.seen()
     q, k = case.q(len(segment.tokens)), case.slots(seen.length)
     how = {"sinks": sinks, "recent": recent, "pool": pool, "heads": heads, "softcap": case.softcap}
-    got = native.choose(level, q, k, case.scale, seen, budget, **how)
+    got = native.choose(level, q, KV.of(k, k, seen), case.scale, budget, **how)
     assert got.shape == (len(q), case.kv_heads, min(budget, seen.length))
     assert (got.diff(dim=-1) > 0).all()
     wanted = reference.scores(q.double(), k.double(), case.scale, case.softcap)
@@ -228,7 +239,7 @@ def test_choose(level, data, rows, budget, sinks, recent, pool, heads):
 def test_choose_breaks_ties_by_place(level):
     q, k = torch.ones(1, 2, 32), torch.ones(1, 300, 32)
     seen = Visible(299, 300, torch.tensor([299], dtype=torch.int32))
-    got = native.choose(level, q, k, 1.0, seen, 10, **PLAIN | {"sinks": 0, "recent": 2})
+    got = native.choose(level, q, KV.of(k, k, seen), 1.0, 10, **PLAIN | {"sinks": 0, "recent": 2})
     assert got[0, 0].tolist() == [*range(8), 298, 299]
 
 
@@ -264,15 +275,16 @@ def test_an_unknown_level_is_refused():
 
 
 def test_without_the_extension_torch_runs_after_one_warning(monkeypatch):
+    q, k = torch.randn(1, 4, 32), torch.randn(2, 50, 32)
+    kv = KV.of(k, k)
+    expected, _ = kernels.attend(q, kv, 0.2)
     monkeypatch.setattr(native, "_cpu", None)
     monkeypatch.delenv("SPRINGTIDE_KERNELS", raising=False)
-    q, k = torch.randn(1, 4, 32), torch.randn(2, 50, 32)
-    expected = kernels.attend(q, k, k, 0.2)
     for function in (native.levels, native.level):
         function.cache_clear()
     try:
         with pytest.warns(UserWarning, match="the C\\+\\+ kernels were not built") as caught:
-            got = [kernels.attend(q, k, k, 0.2) for _ in range(3)]
+            got = [kernels.attend(q, kv, 0.2)[0] for _ in range(3)]
     finally:
         for function in (native.levels, native.level):
             function.cache_clear()

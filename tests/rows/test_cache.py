@@ -8,7 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from springtide.rows.cache import GRAIN, Cache
+from springtide.kernels import PAGE
+from springtide.rows.cache import Cache
+from springtide.rows.pool import Pool
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 3, 4
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -37,16 +39,16 @@ def assert_holds(cache, keys, values):
 
 @every_dtype
 def test_dtype_is_what_was_written(dtype):
-    cache, keys, values = Cache(LAYERS), rows(5, dtype), rows(5, dtype, seed=1)
+    cache, keys, values = Cache(Pool(LAYERS)), rows(5, dtype), rows(5, dtype, seed=1)
     append(cache, keys, values)
     assert cache.read(0, 0, 5)[0].dtype == dtype
-    assert cache.nbytes == 2 * LAYERS * KV_HEADS * GRAIN * HEAD_DIM * dtype.itemsize
+    assert cache.nbytes == 2 * LAYERS * KV_HEADS * PAGE * HEAD_DIM * dtype.itemsize
     assert_holds(cache, keys, values)
 
 
 @every_dtype
 def test_commit_with_gaps_gathers_the_rows(dtype):
-    cache, old, new = Cache(LAYERS), rows(7, dtype), rows(9, dtype, seed=1)
+    cache, old, new = Cache(Pool(LAYERS)), rows(7, dtype), rows(9, dtype, seed=1)
     append(cache, old, old)
     append(cache, new, new, kept=[0, 2, 3, 7])
     expected = torch.cat([old, new[:, [0, 2, 3, 7]]], dim=1)
@@ -55,14 +57,14 @@ def test_commit_with_gaps_gathers_the_rows(dtype):
 
 @every_dtype
 def test_growing_keeps_the_content(dtype):
-    cache, parts = Cache(LAYERS), [rows(100, dtype, seed) for seed in range(12)]
+    cache, parts = Cache(Pool(LAYERS)), [rows(100, dtype, seed) for seed in range(12)]
     for part in parts:
         append(cache, part, part)
     assert_holds(cache, torch.cat(parts, dim=1), torch.cat(parts, dim=1))
 
 
 def test_a_branch_past_the_end_of_the_buffer_is_committed_into_the_grown_one():
-    cache, old, new = Cache(LAYERS), rows(GRAIN - 2), rows(6, seed=1)
+    cache, old, new = Cache(Pool(LAYERS)), rows(PAGE - 2), rows(6, seed=1)
     append(cache, old, old)
     append(cache, new, new, kept=[1, 5])
     expected = torch.cat([old, new[:, [1, 5]]], dim=1)
@@ -70,7 +72,7 @@ def test_a_branch_past_the_end_of_the_buffer_is_committed_into_the_grown_one():
 
 
 def test_what_was_written_in_inference_mode_can_be_committed_outside_of_it():
-    cache, new = Cache(LAYERS), rows(5)
+    cache, new = Cache(Pool(LAYERS)), rows(5)
     with torch.inference_mode():
         for layer in range(LAYERS):
             cache.write(layer, 0, new + layer, new - layer)
@@ -79,7 +81,7 @@ def test_what_was_written_in_inference_mode_can_be_committed_outside_of_it():
 
 
 def test_an_empty_cache_can_be_forked_and_cropped():
-    cache = Cache(LAYERS)
+    cache = Cache(Pool(LAYERS))
     cache.crop(0)
     twin = cache.fork()
     append(twin, rows(2), rows(2))
@@ -91,7 +93,7 @@ class CacheAndList(RuleBasedStateMachine):
 
     @initialize()
     def start(self):
-        self.cache, self.expected, self.next = Cache(LAYERS), [], 1.0
+        self.cache, self.expected, self.next = Cache(Pool(LAYERS)), [], 1.0
         self.forked = []
 
     def _write(self, start, count):

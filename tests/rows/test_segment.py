@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from springtide.attention.policy import Policy
 from springtide.rows.cache import Cache
+from springtide.rows.pool import Pool
 from springtide.rows.segment import PREFIX, Segment
 
 
@@ -21,7 +22,7 @@ def segments(draw):
         parents = list(range(-1, count - 1))
     else:
         parents = [draw(st.integers(PREFIX, row - 1)) for row in range(count)]
-    return Segment(Cache(1), prefix, [0] * count, parents, "decode", Policy())
+    return Segment(Cache(Pool(1)), prefix, [0] * count, parents, "decode", Policy())
 
 
 def ancestors(segment, row):
@@ -42,23 +43,18 @@ def may_see(segment, row, slot, window):
 
 
 @settings(deadline=None, max_examples=200)
-@given(segments(), st.one_of(st.none(), st.integers(1, 40)), st.data())
-def test_visible_is_its_definition(segment, window, data):
-    # As a sliding layer does: leave out slots that no row can see, and no others.
-    earliest = 0 if window is None else max(0, segment.prefix - window + 1)
-    start = data.draw(st.sampled_from([0, earliest]))
+@given(segments(), st.one_of(st.none(), st.integers(1, 40)))
+def test_visible_is_its_definition(segment, window):
     expected = torch.tensor(
-        [
-            [may_see(segment, row, slot, window) for slot in range(start, segment.length)]
-            for row in range(len(segment.tokens))
-        ]
+        [[may_see(segment, row, slot, window) for slot in range(segment.length)] for row in range(len(segment.tokens))]
     )
-    got = segment.seen(window, start).mask
-    if got is None:
+    seen = segment.seen(window)
+    if seen.mask is None:
         assert expected.all()
     else:
-        assert got.dtype == torch.bool and torch.equal(got, expected)
-    assert not any(may_see(segment, row, slot, window) for row in range(len(segment.tokens)) for slot in range(start))
+        assert seen.mask.dtype == torch.bool and torch.equal(seen.mask, expected)
+    assert seen.start == (0 if window is None else max(0, segment.prefix - window + 1))
+    assert not expected[:, : seen.start].any()
 
 
 @settings(deadline=None, max_examples=50)
@@ -71,21 +67,21 @@ def test_positions_follow_the_parents(segment):
 
 
 def test_a_chain_and_the_same_rows_given_as_a_tree_see_the_same():
-    chain = Segment.chain(Cache(1), 4, [7, 8, 9], "decode", Policy())
-    tree = Segment(Cache(1), 4, [7, 8, 9], [PREFIX, 0, 1], "decode", Policy())
+    chain = Segment.chain(Cache(Pool(1)), 4, [7, 8, 9], "decode", Policy())
+    tree = Segment(Cache(Pool(1)), 4, [7, 8, 9], [PREFIX, 0, 1], "decode", Policy())
     assert chain.positions == tree.positions == [4, 5, 6]
     assert torch.equal(chain.seen().mask, tree.seen().mask)
-    assert torch.equal(chain.seen(2, 3).mask, tree.seen(2, 3).mask)
+    assert torch.equal(chain.seen(2).mask, tree.seen(2).mask)
 
 
 def test_one_row_needs_no_mask_unless_its_window_hides_something():
-    one = Segment.chain(Cache(1), 9, [1], "decode", Policy())
-    assert one.seen().mask is None and one.seen(10).mask is None and one.seen(3, 7).mask is None
+    one = Segment.chain(Cache(Pool(1)), 9, [1], "decode", Policy())
+    assert one.seen().mask is None and one.seen(10).mask is None
     assert one.seen(9).mask.tolist() == [[False] + [True] * 9]
 
 
 def test_masks_of_other_windows_and_of_changed_rows_are_not_mixed_up():
-    segment = Segment.chain(Cache(1), 2, [1, 2, 3], "decode", Policy())
+    segment = Segment.chain(Cache(Pool(1)), 2, [1, 2, 3], "decode", Policy())
     wide, narrow = segment.seen().mask, segment.seen(2).mask
     assert not torch.equal(wide, narrow)
     assert torch.equal(segment.seen().mask, wide)

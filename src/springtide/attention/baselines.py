@@ -41,9 +41,9 @@ class Oracle(_Baseline):
     skip: int = option(2, "first layers that stay dense")
 
     def choose(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
-        keys, _ = segment.cache.read(layer.index, 0, segment.length)
-        segment.bytes_read += keys.nbytes
-        return kernels.choose(q, keys, layer.scale, segment.seen(), self.tokens(segment), softcap=layer.softcap)
+        kv = segment.kv(layer.index)
+        segment.bytes_read += segment.length * kv.pages.slot_bytes
+        return kernels.choose(q, kv, layer.scale, self.tokens(segment), softcap=layer.softcap)
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Streaming(_Baseline):
     sinks: int = option(4, "oldest tokens that are always kept, inside the budget")
 
     def choose(self, layer: Layer, q: Tensor, segment: Segment) -> Tensor:
-        keys, _ = segment.cache.read(layer.index, 0, segment.length)
-        blank = torch.full((q.shape[0], keys.shape[0], segment.length), -torch.inf, device=q.device)
+        kv_heads = segment.kv(layer.index).pages.kv_heads
+        blank = torch.full((q.shape[0], kv_heads, segment.length), -torch.inf, device=q.device)
         budget = self.tokens(segment)
         recent = max(1, budget - self.sinks)
         return kernels.select(keep_first(blank, segment.seen(), self.sinks, recent), budget)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from springtide import kernels
-from springtide.kernels import Means
+from springtide.kernels import KV, Means
 from springtide.options import Share, amount, at_least, option
 from springtide.rows.cache import Cache
 from springtide.rows.segment import Segment
@@ -166,10 +166,15 @@ class Sparse(Policy):
 
 def dense(layer: Layer, q: Tensor, segment: Segment, heads: slice = EVERY) -> Tensor:
     """Attention over everything that the layer lets the rows see, of the KV ``heads`` whose queries ``q`` are."""
-    start = 0 if layer.window is None else max(0, segment.prefix - layer.window + 1)
-    keys, values = (x[heads] for x in segment.cache.read(layer.index, start, segment.length))
-    segment.bytes_read += keys.nbytes + values.nbytes
-    return kernels.attend(q, keys, values, layer.scale, segment.seen(layer.window, start), layer.softcap)
+    kv = segment.kv(layer.index, layer.window).heads(heads)
+    segment.bytes_read += dense_bytes(kv, segment, layer.window)
+    out, _ = kernels.attend(q, kv, layer.scale, layer.softcap, lse=False)
+    return out
+
+
+def dense_bytes(kv: KV, segment: Segment, window: int | None) -> int:
+    """Bytes that a dense layer with such a window, or none, reads of a segment's cache."""
+    return 2 * kv.pages.slot_bytes * (segment.length - segment.seen(window).start)
 
 
 def read(layer: Layer, q: Tensor, segment: Segment, slots: Slots | None) -> Tensor:
@@ -180,7 +185,7 @@ def read(layer: Layer, q: Tensor, segment: Segment, slots: Slots | None) -> Tens
 def gathered(layer: Layer, q: Tensor, segment: Segment, slots: Slots) -> Tensor:
     """Attention over some slots alone, less those that a row may not see."""
     index, valid, means = slots.index, slots.valid, slots.means
-    keys, values = segment.cache.read(layer.index, 0, segment.length)
+    kv = segment.kv(layer.index)
     mask = segment.seen().mask
     if mask is not None:
         mask = mask[:, None, :].expand(-1, index.shape[1], -1).gather(2, index)
@@ -189,10 +194,10 @@ def gathered(layer: Layer, q: Tensor, segment: Segment, slots: Slots) -> Tensor:
     if segment.meter is not None:
         kept = torch.ones_like(index, dtype=torch.bool) if mask is None else mask
         segment.meter(layer, q, segment, index, kept, slots.full_heads)
-    segment.bytes_read += index.numel() * keys.shape[2] * (keys.element_size() + values.element_size())
+    segment.bytes_read += 2 * index.numel() * kv.pages.slot_bytes // kv.pages.kv_heads
     segment.bytes_read += 0 if means is None else len(index) * means.nbytes
-    out = kernels.attend_gathered(q, keys, values, index, layer.scale, mask, layer.softcap, means)
-    group = q.shape[1] // len(keys)
+    out, _ = kernels.attend_gathered(q, kv, index, layer.scale, mask, layer.softcap, means, lse=False)
+    group = q.shape[1] // kv.pages.kv_heads
     for head in slots.full_heads:
         queries = slice(head * group, (head + 1) * group)
         out[:, queries] = dense(layer, q[:, queries], segment, slice(head, head + 1))

@@ -314,15 +314,14 @@ class Tidal(Sparse):
 
         With the means they are as many as the budget says.
         """
-        keys, _ = segment.cache.read(layer.index, 0, segment.length)
-        segment.bytes_read += keys.nbytes
+        kv = segment.kv(layer.index)
+        segment.bytes_read += segment.length * kv.pages.slot_bytes
         budget = self.tokens(segment)
         means, _ = self.blocks(segment)
         return kernels.choose(
             q,
-            keys,
+            kv,
             layer.scale,
-            segment.seen(),
             budget - means,
             sinks=self.sinks,
             recent=amount(self.recent, budget),

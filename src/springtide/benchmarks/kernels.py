@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from statistics import median
 
@@ -15,9 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from springtide import kernels
 from springtide.benchmarks.contenders import PAUSE, timed
 from springtide.benchmarks.traffic import read_bandwidth
-from springtide.kernels import Visible
-from springtide.kernels.reference import gather
-from springtide.rows.cache import Cache
+from springtide.kernels import KV
+from springtide.kernels.reference import gather, scores
 
 KV_HEADS, GROUP, HEAD_DIM = 8, 4, 64  # llama-1b
 SCALE = HEAD_DIM**-0.5
@@ -51,13 +51,13 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel and its rival, each called with a layer's keys and values ``[H_kv, L, D]``."""
+    """A kernel, called with a layer's pages, and its rival, called with its keys and values ``[H_kv, L, D]``."""
 
     kernel: str
     rows: int
     budget: int | None
     bytes: int
-    own: Callable[[Tensor, Tensor], object]
+    own: Callable[[KV], object]
     torch: Callable[[Tensor, Tensor], object]
 
 
@@ -72,16 +72,15 @@ def run(context: int, budgets: Sequence[int], turns: int, dtype: torch.dtype) ->
     Kernel and rival take turns. Yields None after every turn, for progress, and the results last.
     """
     bandwidth = read_bandwidth()
-    cache = Cache(LAYERS)
-    for layer in range(LAYERS):
-        cache.write(layer, 0, *(torch.randn(KV_HEADS, context, HEAD_DIM).to(dtype) for _ in range(2)))
+    dense = [torch.randn(2, KV_HEADS, context, HEAD_DIM).to(dtype) for _ in range(LAYERS)]
+    paged = [KV.of(keys, values) for keys, values in dense]
     results = []
     for case in _cases(context, budgets, dtype):
         own: list[float] = []
         rival: list[float] = []
         for _ in range(turns):
-            own += _timed(case.own, cache, context)
-            rival += _timed(case.torch, cache, context)
+            own += _timed([partial(case.own, kv.seen_by(case.rows // GROUP)) for kv in paged])
+            rival += _timed([partial(case.torch, *layer) for layer in dense])
             yield None
         seconds = median(own)
         speed = case.bytes / seconds
@@ -105,12 +104,13 @@ def run(context: int, budgets: Sequence[int], turns: int, dtype: torch.dtype) ->
     yield results
 
 
-def _timed(call: Callable[[Tensor, Tensor], object], cache: Cache, context: int) -> list[float]:
+def _timed(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """The same call for each layer in turn."""
     time.sleep(PAUSE)
-    layers = cycle(range(LAYERS))
+    layers = cycle(calls)
 
     def step() -> None:
-        call(*cache.read(next(layers), 0, context))
+        next(layers)()
 
     step()
     return timed(step, CALLS)
@@ -126,11 +126,11 @@ def _cases(context: int, budgets: Sequence[int], dtype: torch.dtype) -> Iterator
         index = torch.rand(1, KV_HEADS, context).argsort(-1)[..., :budget].sort(-1).values
         yield Case("attend_gathered", GROUP, budget, 2 * budget * token, _gathered(q, index), _gather_folded(q, index))
     budget = budgets[0]
-    yield Case("choose", GROUP, budget, context * token, _choose(q, context, budget), _top(q, budget))
+    yield Case("choose", GROUP, budget, context * token, _choose(q, budget), _top(q, budget))
 
 
-def _attend(q: Tensor) -> Callable[[Tensor, Tensor], object]:
-    return lambda keys, values: kernels.attend(q, keys, values, SCALE)
+def _attend(q: Tensor) -> Callable[[KV], object]:
+    return lambda kv: kernels.attend(q, kv, SCALE)
 
 
 def _folded(q: Tensor) -> Callable[[Tensor, Tensor], object]:
@@ -138,8 +138,8 @@ def _folded(q: Tensor) -> Callable[[Tensor, Tensor], object]:
     return lambda keys, values: scaled_dot_product_attention(folded, keys[None], values[None])
 
 
-def _gathered(q: Tensor, index: Tensor) -> Callable[[Tensor, Tensor], object]:
-    return lambda keys, values: kernels.attend_gathered(q, keys, values, index, SCALE)
+def _gathered(q: Tensor, index: Tensor) -> Callable[[KV], object]:
+    return lambda kv: kernels.attend_gathered(q, kv, index, SCALE)
 
 
 def _gather_folded(q: Tensor, index: Tensor) -> Callable[[Tensor, Tensor], object]:
@@ -147,10 +147,9 @@ def _gather_folded(q: Tensor, index: Tensor) -> Callable[[Tensor, Tensor], objec
     return lambda keys, values: scaled_dot_product_attention(grouped, gather(keys, index), gather(values, index))
 
 
-def _choose(q: Tensor, context: int, budget: int) -> Callable[[Tensor, Tensor], object]:
-    seen = Visible(context - 1, context, torch.tensor([context - 1], dtype=torch.int32))
-    return lambda keys, _: kernels.choose(q, keys, SCALE, seen, budget, sinks=2, recent=64)
+def _choose(q: Tensor, budget: int) -> Callable[[KV], object]:
+    return lambda kv: kernels.choose(q, kv, SCALE, budget, sinks=2, recent=64)
 
 
 def _top(q: Tensor, budget: int) -> Callable[[Tensor, Tensor], object]:
-    return lambda keys, _: kernels.select(kernels.scores(q, keys, SCALE).softmax(-1).mean(2), budget)
+    return lambda keys, _: kernels.select(scores(q, keys, SCALE).softmax(-1).mean(2), budget)

@@ -35,13 +35,14 @@ class Behind(Cache):
     """What is written to it follows the rows of another cache, which stays as it is; gradients flow through it."""
 
     def __init__(self, before: Cache) -> None:
-        super().__init__(before.layers)
-        self.length = before.length
+        super().__init__(before.pool)
+        self.follow(before, before.length)
         self.before = before
         self.rows: dict[int, tuple[Tensor, Tensor]] = {}
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store rows ``[H_kv, n, D]`` behind the first ``start`` of the other cache."""
+        super().write(layer, start, keys.detach(), values.detach())
         old = self.before.read(layer, 0, start)
         self.rows[layer] = (torch.cat([old[0], keys], 1), torch.cat([old[1], values], 1))
 

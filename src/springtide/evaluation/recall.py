@@ -52,8 +52,7 @@ class Meter:
 
         ``full_heads`` read everything.
         """
-        keys, _ = segment.cache.read(layer.index, 0, segment.length)
-        logits = kernels.scores(q, keys, layer.scale, layer.softcap)
+        logits = kernels.scores(q, segment.kv(layer.index), layer.scale, layer.softcap)
         seen = segment.seen().mask
         if seen is not None:
             logits = logits.masked_fill(~seen[:, None, None, :], -torch.inf)

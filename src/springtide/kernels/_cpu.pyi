@@ -19,6 +19,43 @@ def level(name: str) -> Level:
 def huge_pages(tensor: Tensor, now: bool) -> None:
     """Let a tensor lie on pages of 2 MB, with ``now`` what it holds already too; of any dtype, contiguous."""
 
+PAGE: int
+SPAN: int
+
+@final
+class Pages:
+    """One layer's pages, which stay alive with this."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        """``[pages, 2, H_kv, PAGE, D]``; a head's slots are contiguous."""
+
+@final
+class Request:
+    """One request's page numbers, and what its rows see (see ``Visible``); everything is copied."""
+
+    def __init__(
+        self,
+        table: Sequence[int],
+        prefix: int,
+        length: int,
+        positions: Tensor,
+        low: Tensor | None,
+        tail: Tensor | None,
+    ) -> None:
+        """``positions``, ``low`` int32 ``[R]``, ``tail`` bool ``[R, length - prefix]``."""
+
+@final
+class Reads:
+    """What the rows of requests side by side read."""
+
+    def __init__(self, requests: Sequence[Request]) -> None: ...
+    @property
+    def groups(self) -> list[tuple[list[int], tuple[int, int]]]:
+        """Rows that read the same pages, and in which spans of ``SPAN`` slots: from the first to before the last."""
+
+def write(pages: Pages, reads: Reads, keys: Tensor, values: Tensor) -> None:
+    """Store ``keys, values [H_kv, R, D]`` at the slots behind each request's prefix."""
+
 @final
 class Layer:
     """What surrounds a layer's attention; the caller keeps the tensors, which are contiguous."""
@@ -46,45 +83,52 @@ class Level:
         self,
         *,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        pages: Pages,
+        reads: Reads,
         out: Tensor,
+        lse: Tensor,
         scale: float,
         softcap: float,
-        prefix: int,
-        low: Tensor | None,
-        tail: Tensor | None,
-        index: Tensor | None,
+        threads: int,
+    ) -> None:
+        """Fill ``out [R, H, D]`` and ``lse [R, H]`` (fp32), contiguous, from ``q [R, H, D]``; ``softcap`` 0: none."""
+
+    def gather(
+        self,
+        *,
+        q: Tensor,
+        pages: Pages,
+        reads: Reads,
+        index: Tensor,
         mask: Tensor | None,
         mean_k: Tensor | None,
         mean_v: Tensor | None,
         weight: float,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        softcap: float,
         threads: int,
     ) -> None:
-        """Fill ``out [R, H, D]``, contiguous, from ``q [R, H, D]`` and ``k, v [H_kv, L, D]``; ``softcap`` 0: none.
-
-        What is seen: ``prefix``, ``low`` int32 ``[R]`` and ``tail`` bool ``[R, L - prefix]`` of ``Visible``; or
-        ``index`` int64 ``[R, H_kv, B]``, ``mask`` bool of that shape, and means ``[H_kv, n, D]``, each of ``weight``.
-        """
+        """The same over slots ``index`` int64 ``[R, H_kv, B]`` less those that ``mask`` (bool) hides, and over means
+        ``[H_kv, n, D]``, each of ``weight``."""
 
     def select(
         self,
         *,
         q: Tensor,
-        k: Tensor,
+        pages: Pages,
+        reads: Reads,
         index: Tensor,
         sinks: int,
         recent: int,
         scale: float,
         softcap: float,
-        prefix: int,
-        tail: Tensor | None,
-        positions: Tensor,
         largest: bool,
         joined: bool,
         threads: int,
     ) -> None:
-        """Fill ``index`` int64 ``[R, H_kv, B]``; ``positions`` int32 ``[R]``."""
+        """Fill ``index`` int64 ``[R, H_kv, B]`` for the rows of one request."""
 
     def linear(self, *, weight: Tensor, bias: Tensor | None, x: Tensor, out: Tensor, threads: int) -> None:
         """Fill ``out [R, outputs]`` from ``x [R, inputs]``, ``weight [outputs, inputs]``; all contiguous."""

@@ -22,6 +22,7 @@ from springtide.kernels.visible import Visible
 
 if TYPE_CHECKING:
     from springtide.kernels._cpu import Layer, Level
+    from springtide.kernels.kv import KV
 
 try:
     import springtide.kernels._cpu as _cpu
@@ -63,46 +64,76 @@ def of(*tensors: Tensor) -> Level | None:
     return level()
 
 
-def attend(
-    level: Level,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    seen: Visible | None,
-    softcap: float | None,
-    index: Tensor | None = None,
-    mask: Tensor | None = None,
-    means: Means | None = None,
-) -> Tensor:
-    """:func:`springtide.kernels.reference.attend`, or ``attend_gathered`` for an ``index``."""
-    out = torch.empty(q.shape, dtype=q.dtype)
+def pages(slab: Tensor) -> _cpu.Pages:
+    """One layer's pages ``[n, 2, H_kv, PAGE, D]`` for the kernels."""
+    return _cpu.Pages(slab)
+
+
+def reads(tables: Sequence[Sequence[int]], seen: Sequence[Visible]) -> _cpu.Reads:
+    """What the rows of some requests read, for the kernels."""
+    return _cpu.Reads([_request(*own) for own in zip(tables, seen, strict=True)])
+
+
+def _request(table: Sequence[int], seen: Visible) -> _cpu.Request:
+    return _cpu.Request(table, seen.prefix, seen.length, seen.positions, seen.low, _contiguous(seen.tail))
+
+
+def write(kv: KV, keys: Tensor, values: Tensor) -> None:
+    """:func:`springtide.kernels.write`."""
+    _cpu.write(kv.pages.native, kv.reads.native, _rows(keys), _rows(values))
+
+
+def attend(level: Level, q: Tensor, kv: KV, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """:func:`springtide.kernels.attend`."""
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2])
     level.attend(
         q=_rows(q),
-        k=_slots(k),
-        v=_slots(v),
+        pages=kv.pages.native,
+        reads=kv.reads.native,
         out=out,
+        lse=lse,
         scale=scale,
         softcap=softcap or 0.0,
-        prefix=k.shape[1] if seen is None else seen.prefix,
-        low=None if seen is None else seen.low,
-        tail=None if seen is None else _contiguous(seen.tail),
-        index=_contiguous(index),
+        threads=torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def attend_gathered(
+    level: Level,
+    q: Tensor,
+    kv: KV,
+    index: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    softcap: float | None,
+    means: Means | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`springtide.kernels.attend_gathered`."""
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2])
+    level.gather(
+        q=_rows(q),
+        pages=kv.pages.native,
+        reads=kv.reads.native,
+        index=index.contiguous(),
         mask=_contiguous(mask),
         mean_k=None if means is None else _slots(means.keys),
         mean_v=None if means is None else _slots(means.values),
         weight=1 if means is None else means.tokens,
+        out=out,
+        lse=lse,
+        scale=scale,
+        softcap=softcap or 0.0,
         threads=torch.get_num_threads(),
     )
-    return out
+    return out, lse
 
 
 def choose(
     level: Level,
     q: Tensor,
-    k: Tensor,
+    kv: KV,
     scale: float,
-    seen: Visible,
     budget: int,
     *,
     sinks: int,
@@ -111,19 +142,17 @@ def choose(
     heads: Literal["kv", "all"],
     softcap: float | None,
 ) -> Tensor:
-    """:func:`springtide.kernels.reference.choose`."""
-    index = torch.empty(len(q), k.shape[0], min(budget, k.shape[1]), dtype=torch.int64)
+    """:func:`springtide.kernels.choose`."""
+    index = torch.empty(len(q), kv.pages.kv_heads, min(budget, kv.reads.seen[0].length), dtype=torch.int64)
     level.select(
         q=_rows(q),
-        k=_slots(k),
+        pages=kv.pages.native,
+        reads=kv.reads.native,
         index=index,
         sinks=sinks,
         recent=recent,
         scale=scale,
         softcap=softcap or 0.0,
-        prefix=seen.prefix,
-        tail=_contiguous(seen.tail),
-        positions=seen.positions,
         largest=pool == "max",
         joined=heads == "all",
         threads=torch.get_num_threads(),
@@ -191,7 +220,7 @@ def _rows(q: Tensor) -> Tensor:
 
 
 def _slots(x: Tensor) -> Tensor:
-    """``x [H_kv, L, D]`` with each head's slots one after the other, as the cache has them."""
+    """``x [H_kv, n, D]`` with each head's slots one after the other."""
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 

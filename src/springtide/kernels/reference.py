@@ -1,12 +1,15 @@
 """Attention in plain torch: the truth that every faster kernel is tested against.
 
 Shapes: ``q [R, H, D]`` holds R rows; ``k, v [H_kv, L, D]`` is one layer of one sequence's cache. Query head ``h`` reads
-KV head ``h // (H / H_kv)``. Arithmetic is fp32 (fp64 for fp64 input), whatever the inputs are.
+KV head ``h // (H / H_kv)``. Arithmetic is fp32 (fp64 for fp64 input), whatever the inputs are. Attention gives its
+output ``[R, H, D]`` and ``lse [R, H]``, the natural logarithm of the sum of exponentials of the logits: zeros and minus
+infinity for a row that sees nothing.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -29,13 +32,14 @@ def scores(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, softcap: float | None = None
-) -> Tensor:
-    """Softmax attention over all ``L`` tokens, or those that ``mask [R, L]`` (bool) lets a row see: ``[R, H, D]``."""
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over all ``L`` tokens, or those that ``mask [R, L]`` (bool) lets a row see."""
     logits = scores(q, k, scale, softcap)
     if mask is not None:
         logits = logits.masked_fill(~mask[:, None, None, :], -torch.inf)
-    out = torch.einsum("rkgl,kld->rkgd", logits.softmax(-1), _wide(v))
-    return out.reshape(q.shape).to(q.dtype)
+    probs, lse = _softmax(logits)
+    out = torch.einsum("rkgl,kld->rkgd", probs, _wide(v))
+    return out.reshape(q.shape).to(q.dtype), lse
 
 
 def attend_gathered(
@@ -47,7 +51,7 @@ def attend_gathered(
     mask: Tensor | None = None,
     softcap: float | None = None,
     means: Means | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Softmax attention over the tokens ``index [R, H_kv, B]`` alone, less those that ``mask`` (same shape) hides.
 
     Every row also reads the ``means``, each with ``means.tokens`` times the weight that its logit says.
@@ -60,8 +64,24 @@ def attend_gathered(
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None or means is not None:
         logits = logits + weights(index, mask, means, logits.dtype)
-    out = torch.einsum("rkgb,rkbd->rkgd", logits.softmax(-1), _wide(values))
-    return out.reshape(q.shape).to(q.dtype)
+    probs, lse = _softmax(logits)
+    out = torch.einsum("rkgb,rkbd->rkgd", probs, _wide(values))
+    return out.reshape(q.shape).to(q.dtype), lse
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over several sets of slots from that over each of them, as ``(out [R, H, D], lse [R, H])``."""
+    masses = torch.stack([lse for _, lse in parts])
+    total = masses.logsumexp(0)
+    shares = (masses - total).exp().masked_fill(masses == -torch.inf, 0)[..., None]
+    outs = torch.stack([_wide(out) for out, _ in parts]).masked_fill(shares == 0, 0)
+    return (outs * shares).sum(0).to(parts[0][0].dtype), total
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities along the last axis of ``[R, H_kv, G, n]``, and ``lse [R, H]``."""
+    lse = logits.logsumexp(-1)
+    return logits.softmax(-1).masked_fill(lse[..., None] == -torch.inf, 0), lse.flatten(1)
 
 
 def read(k: Tensor, v: Tensor, index: Tensor, means: Means | None) -> tuple[Tensor, Tensor]:

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
-from springtide.attention.policy import Layer, Policy, read
+from springtide import kernels
+from springtide.attention.policy import Layer, Policy, dense_bytes, gathered
 from springtide.drafting.drafter import Drafter
 from springtide.errors import SpringtideError
-from springtide.kernels import native
+from springtide.kernels import KV, Reads, native
 from springtide.model.fused import FusedLayer, Parts
 from springtide.rows.cache import Cache
+from springtide.rows.pool import Pool
 from springtide.rows.segment import Segment
 from springtide.rows.spec import ModelSpec
 
@@ -64,6 +66,7 @@ class Stack:
         for parameter in model.parameters():
             native.huge_pages(parameter, now=True)
         self.fused = [FusedLayer.of(layer, model.config) for layer in model.model.layers]
+        self.pool = Pool(self.spec.num_layers)
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +74,7 @@ class Stack:
         return device
 
     def new_cache(self) -> Cache:
-        return Cache(self.spec.num_layers)
+        return Cache(self.pool)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -197,8 +200,11 @@ class Pass:
     """One forward pass: the rows of ``segments`` side by side, each attending by its own policy."""
 
     def __init__(self, stack: Stack, segments: Sequence[Segment]) -> None:
+        if any(segment.cache.pool is not segments[0].cache.pool for segment in segments):
+            raise SpringtideError("The caches of a pass must be of one pool; make them with the same model.")
         self.stack = stack
         self.segments = segments
+        self._joined: dict[Any, tuple[list[Reads], Reads]] = {}
 
     def embed(self) -> Tensor:
         """Input of layer 0, ``[R, hidden]``."""
@@ -223,17 +229,45 @@ class Pass:
         return hidden
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention ``[R, H, D]`` of all rows; their keys and values ``[H_kv, R, D]`` are written to the caches."""
-        outputs, start = [], 0
-        for segment in self.segments:
-            own = slice(start, start + segment.rows)
-            segment.cache.write(layer.index, segment.prefix, k[:, own], v[:, own])
-            outputs.append(read(layer, q[own], segment, segment.policy.reads(layer, q[own], segment)))
-            start = own.stop
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        """Attention ``[R, H, D]`` of all rows; their keys and values ``[H_kv, R, D]`` are written to the caches.
+
+        Rows that read everything do so in one call, in which pages that requests share are read once.
+        """
+        segments = self.segments
+        for segment in segments:
+            segment.cache.reserve(segment.prefix, segment.length, k)
+        kernels.write(self._kv(layer.index, segments), k, v)
+        rows = self.split(q)
+        slots = [segment.policy.reads(layer, own, segment) for segment, own in zip(segments, rows, strict=True)]
+        dense = [place for place, own in enumerate(slots) if own is None]
+        outputs = list(rows)
+        if dense:
+            whole = [segments[place] for place in dense]
+            queries = q if len(dense) == len(segments) else torch.cat([rows[place] for place in dense])
+            kv = self._kv(layer.index, whole, layer.window)
+            for segment in whole:
+                segment.bytes_read += dense_bytes(kv, segment, layer.window)
+            out, _ = kernels.attend(queries, kv, layer.scale, layer.softcap, lse=False)
+            if len(dense) == len(segments):
+                return out
+            for place, own in zip(dense, torch.split(out, [s.rows for s in whole]), strict=True):
+                outputs[place] = own
+        for place, own in enumerate(slots):
+            if own is not None:
+                outputs[place] = gathered(layer, rows[place], segments[place], own)
+        return torch.cat(outputs)
+
+    def _kv(self, layer: int, segments: Sequence[Segment], window: int | None = None) -> KV:
+        """A layer's keys and values, as the rows of ``segments`` read them side by side."""
+        parts = [segment.reads(window) for segment in segments]
+        key = window, tuple(map(id, segments))
+        known = self._joined.get(key)
+        if known is None or any(a is not b for a, b in zip(known[0], parts, strict=True)):
+            known = self._joined[key] = parts, Reads.joined(parts)
+        return KV(segments[0].cache.pages(layer), known[1])
 
     def split(self, hidden: Tensor) -> list[Tensor]:
-        """Each segment's rows of ``hidden [R, hidden]``."""
+        """Each segment's rows of ``hidden [R, ...]``."""
         return list(torch.split(hidden, [segment.rows for segment in self.segments]))
 
     def grow(self, hidden: Tensor, drafter: Drafter, number: int) -> Tensor:

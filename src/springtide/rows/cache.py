@@ -7,39 +7,63 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from springtide.kernels.native import huge_pages
-
-GRAIN = 256  # buffers grow to a multiple of this many tokens
+from springtide.kernels import PAGE, Pages
+from springtide.rows.pool import Pool
 
 
 class Cache:
-    """Per-layer buffers ``[2, H_kv, capacity, D]`` of post-RoPE keys and values, in the dtype that the model writes.
+    """Post-RoPE keys and values of every layer, in the dtype that the model writes, on pages of a pool.
 
-    Slot ``i < length`` holds the sequence's token ``i``. A pass writes its rows at the slots that follow its prefix;
-    they count only once :meth:`commit` says so, and the next pass overwrites what was not committed. Writing below
-    ``length`` refreshes tokens in place. Head counts and dtype are taken from the first tensors written.
+    Slot ``i < length`` holds the sequence's token ``i``; it lies on page ``table[i // PAGE]``. A pass writes its rows
+    at the slots that follow its prefix; they count only once :meth:`commit` says so, and the next pass overwrites what
+    was not committed. Writing below ``length`` refreshes tokens in place. Pages are taken as the cache grows, without
+    copying anything, and given back when it is cropped or dropped. Forks share pages until one of them writes there.
 
     ``exact`` counts the leading tokens whose rows are as a dense pass would have written them.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
         self.length = 0
         self.exact = 0
-        self._buffers: list[Tensor | None] = [None] * num_layers
+        self.table: tuple[int, ...] = ()
+
+    def __del__(self) -> None:
+        self.pool.drop(self.table)
+
+    def reserve(self, start: int, stop: int, keys: Tensor) -> None:
+        """Have pages of its own for slots ``start .. stop``, in the format of ``keys [H_kv, n, D]``.
+
+        Raises :class:`springtide.rows.pool.PoolFullError`.
+        """
+        self.pool.fit(keys)
+        pages = -(-stop // PAGE)
+        shared = [i for i in range(start // PAGE, min(pages, len(self.table))) if self.pool.shared(self.table[i])]
+        if pages <= len(self.table) and not shared:
+            return
+        table = list(self.table)
+        for i in shared:
+            own = self.pool.take()
+            self.pool.page(own).copy_(self.pool.page(table[i]))
+            self.pool.drop([table[i]])
+            table[i] = own
+            self.table = tuple(table)
+        while len(table) < pages:
+            table.append(self.pool.take())
+            self.table = tuple(table)
+
+    def pages(self, layer: int) -> Pages:
+        """What kernels read with this cache's ``table``."""
+        return self.pool.layer(layer)
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Store rows ``[H_kv, n, D]`` at slots ``start .. start + n``, growing the buffers when needed."""
-        stop = start + keys.shape[1]
-        self._buffers[layer] = _room(self._buffers[layer], stop, keys)
-        k, v = self.read(layer, start, stop)
-        k.copy_(keys)
-        v.copy_(values)
+        """Store rows ``[H_kv, n, D]`` at slots ``start .. start + n``."""
+        self.reserve(start, start + keys.shape[1], keys)
+        self.pages(layer).write(self.table, start, keys, values)
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Views ``[H_kv, stop - start, D]`` of the keys and values in those slots."""
-        buffer = self._buffers[layer]
-        assert buffer is not None, "a layer is written before it is read"
-        return buffer[0, :, start:stop], buffer[1, :, start:stop]
+        """Keys and values ``[H_kv, stop - start, D]`` of those slots, as far as there are pages; not to be written."""
+        return self.pages(layer).read(self.table, start, min(stop, len(self.table) * PAGE))
 
     @torch.inference_mode()
     def commit(self, start: int, kept: Sequence[int], *, exact: bool) -> None:
@@ -48,51 +72,46 @@ class Cache:
         ``length`` becomes at least ``start + len(kept)``: a refresh below it leaves it as it is. ``exact``: the rows
         attended to all that they could see; they are as a dense pass writes them if all before them are.
         """
-        stay = next((i for i, row in enumerate(kept) if i != row), len(kept))  # rows without a gap before them
-        moved = [start + row for row in kept[stay:]]
-        if moved:
-            buffers = [buffer for buffer in self._buffers if buffer is not None]
-            source = torch.tensor(moved, device=buffers[0].device)
-            for buffer in buffers:
-                buffer[:, :, start + stay : start + len(kept)] = buffer.index_select(2, source)
+        for to, row in enumerate(kept):
+            if to != row:
+                self._slot(start + to).copy_(self._slot(start + row))
         if exact and start <= self.exact:
             self.exact = max(self.exact, start + len(kept))
         elif not exact:
             self.exact = min(self.exact, start)
         self.length = max(self.length, start + len(kept))
 
+    def _slot(self, slot: int) -> Tensor:
+        return self.pool.page(self.table[slot // PAGE])[:, :, :, slot % PAGE]
+
     def crop(self, length: int) -> None:
-        """Forget the tokens from position ``length`` on."""
+        """Forget the tokens from position ``length`` on; pages that hold no others are given back."""
         self.length = min(self.length, length)
         self.exact = min(self.exact, length)
+        kept = -(-self.length // PAGE)
+        self.table, dropped = self.table[:kept], self.table[kept:]
+        self.pool.drop(dropped)
 
     def fork(self, length: int | None = None) -> Cache:
-        """A cache of the first ``length`` committed tokens (default: all) that goes on by itself."""
-        twin, length = Cache(self.layers), self.length if length is None else length
-        twin.length, twin.exact = length, min(self.exact, length)
-        for layer, buffer in enumerate(self._buffers):
-            if buffer is not None and length:
-                twin.write(layer, 0, *self.read(layer, 0, length))
+        """A cache of the first ``length`` committed tokens (default: all) that goes on by itself.
+
+        Both share the pages that neither writes.
+        """
+        twin = Cache(self.pool)
+        twin.follow(self, self.length if length is None else length)
         return twin
+
+    def follow(self, other: Cache, length: int) -> None:
+        """Become a fork of ``other``'s first ``length`` tokens; this cache is empty."""
+        self.length, self.exact = length, min(other.exact, length)
+        self.table = other.table[: -(-length // PAGE)]
+        self.pool.share(self.table)
 
     @property
     def layers(self) -> int:
-        return len(self._buffers)
+        return self.pool.layers
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the buffers take."""
-        return sum(buffer.nbytes for buffer in self._buffers if buffer is not None)
-
-
-def _room(buffer: Tensor | None, needed: int, like: Tensor) -> Tensor:
-    """``buffer`` itself when it holds ``needed`` tokens, else a larger one with the same content, for keys ``like``."""
-    if buffer is not None and buffer.shape[2] >= needed:
-        return buffer
-    used = 0 if buffer is None else buffer.shape[2]
-    capacity = -(-max(needed, used + used // 2) // GRAIN) * GRAIN
-    grown = like.new_empty(2, like.shape[0], capacity, like.shape[2])
-    huge_pages(grown, now=False)
-    if buffer is not None:
-        grown[:, :, :used] = buffer
-    return grown
+        """Bytes of its pages, those that it shares included."""
+        return len(self.table) * self.pool.page_bytes

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from springtide.kernels.visible import Visible
+from springtide.kernels import KV, Reads, Visible
 from springtide.rows.cache import Cache
 
 PREFIX = -1  # the parent of a row that follows the prefix directly
@@ -80,7 +80,8 @@ class Segment:
     device: torch.device | str = "cpu"
     meter: Callable[..., None] | None = None
     depths: list[int] = field(init=False)
-    _seen: dict[tuple[int | None, int], Visible] = field(init=False, default_factory=dict)
+    _seen: dict[int | None, Visible] = field(init=False, default_factory=dict)
+    _reads: dict[int | None, Reads] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.depths = []
@@ -142,25 +143,36 @@ class Segment:
         """How many tokens each row follows."""
         return [self.prefix + depth for depth in self.depths]
 
-    def seen(self, window: int | None = None, start: int = 0) -> Visible:
-        """What the rows see of slots ``start .. length``, counted from ``start``.
+    def seen(self, window: int | None = None) -> Visible:
+        """What the rows see of the slots.
 
         ``window`` hides tokens that are ``window`` or more before the row's own (a sliding-window layer).
         """
-        if (window, start) not in self._seen:
-            self._seen[window, start] = self._see(window, start)
-        return self._seen[window, start]
+        if window not in self._seen:
+            self._seen[window] = self._see(window)
+        return self._seen[window]
 
-    def _see(self, window: int | None, start: int) -> Visible:
+    def _see(self, window: int | None) -> Visible:
         own = torch.tensor(self._places, dtype=torch.int32, device=self.device)
-        low = tail = None
-        if window is not None and self.length - start > window:
-            low = (own - (window - 1 + start)).clamp(min=0)
+        low, start, tail = None, 0, None
+        if window is not None and self.length > window:
+            low, start = (own - (window - 1)).clamp(min=0), max(0, self.prefix - window + 1)
         if not self.is_chain:
             tail = self._ancestors
             if window is not None:
                 tail = tail & (own[None, :] > own[:, None] - window)
-        return Visible(self.prefix - start, self.length - start, own, low, tail)
+        return Visible(self.prefix, self.length, own, low, tail, start)
+
+    def reads(self, window: int | None = None) -> Reads:
+        """What the rows read of the cache's pages, which have room for them already."""
+        known, seen = self._reads.get(window), self.seen(window)
+        if known is None or known.tables[0] is not self.cache.table or known.seen[0] is not seen:
+            known = self._reads[window] = Reads((self.cache.table,), (seen,))
+        return known
+
+    def kv(self, layer: int, window: int | None = None) -> KV:
+        """A layer's keys and values, as the rows read them."""
+        return KV(self.cache.pages(layer), self.reads(window))
 
     @property
     def _ancestors(self) -> Tensor:

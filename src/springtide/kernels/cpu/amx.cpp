@@ -163,18 +163,18 @@ class TileCore {
     std::memset(out_, 0, sizeof(float) * columns_ * kTile * wide_);
   }
 
-  void tokens(const bf16* k, const bf16* v, const std::int64_t* slots, int count, std::int64_t left,
+  void tokens(const bf16* k, const bf16* v, const std::int64_t* places, int count, std::int64_t left, Next<bf16> next,
               const std::uint8_t* mask) {
     Block b{k, v, mask, dim_, count, static_cast<int>(up(count, kDepth))};
-    Fetch fetch = fetch_after(k, v, slots, left);
-    if (slots && fresh_) {
-      Fetch first{*this, k, v, slots, 0, std::min<std::int64_t>(left, 2 * kTokens), 1};
+    Fetch fetch = fetch_after(k, v, places, left, next);
+    if (places && fresh_) {
+      Fetch first{*this, k, v, places, 0, std::min<std::int64_t>(left, 2 * kTokens), 1};
       while (first.at < first.end) first.one();
     }
     fresh_ = false;
-    if (slots || count < b.padded || dim_ != wide_) {
-      b.k = stage(k, slots, count, b.padded, staged_k_);
-      b.v = stage(v, slots, count, b.padded, staged_v_);
+    if (places || count < b.padded || dim_ != wide_) {
+      b.k = stage(k, places, count, b.padded, staged_k_);
+      b.v = stage(v, places, count, b.padded, staged_v_);
       b.stride = wide_;
     }
     for (int t = 0; t < b.padded; t += 2) {
@@ -204,7 +204,7 @@ class TileCore {
     }
   }
 
-  void logits(const bf16* k, std::int64_t count, float* out, std::int64_t stride) {
+  void logits(const bf16* k, std::int64_t count, const bf16* next, float* out, std::int64_t stride) {
     for (std::int64_t first = 0; first < count; first += kTile) {
       const int n = std::min<std::int64_t>(kTile, count - first);
       const bf16* own = k + first * dim_;
@@ -213,7 +213,8 @@ class TileCore {
         own = stage(own, nullptr, n, kTile, staged_k_);
         step = wide_;
       }
-      fetch_rows(k + (first + 2 * kTile) * dim_, kTile);
+      const std::int64_t ahead = first + 2 * kTile;
+      fetch_rows(ahead < count ? k + ahead * dim_ : next + (ahead - up(count, kTile)) * dim_, kTile);
       for (int c = 0; c < columns_; c++) {
         const int rows = std::min(kTile, rows_ - c * kTile);
         tile_zero<0>();
@@ -241,9 +242,10 @@ class TileCore {
   bf16* query(int column) const { return q_ + column * kTile * wide_; }
   float* sums(int column, int tile) const { return out_ + (column * tiles_ + tile) * kTile * kTile; }
 
-  const bf16* stage(const bf16* from, const std::int64_t* slots, int count, int padded, bf16* to) const {
+  const bf16* stage(const bf16* from, const std::int64_t* places, int count, int padded, bf16* to) const {
     for (int t = 0; t < padded; t++) {
-      const bf16* row = from + (slots ? slots[std::min(t, count - 1)] : std::min(t, count - 1)) * dim_;
+      const int own = std::min(t, count - 1);
+      const bf16* row = from + (places ? places[own] : own * dim_);
       for (int d = 0; d < wide_; d += kDepth) {
         __mmask32 some = dim_ - d >= kDepth ? 0xffffffffu : (1u << (dim_ - d)) - 1;
         if (t >= count) some = 0;
@@ -264,14 +266,14 @@ class TileCore {
   struct Fetch {
     const TileCore& core;
     const bf16 *k, *v;
-    const std::int64_t* slots;
+    const std::int64_t* places;
     std::int64_t at, end;
     int calls, due = 0;
 
     [[gnu::always_inline]] void one() {
-      const std::int64_t slot = slots ? slots[at] : at;
-      core.fetch_rows(k + slot * core.dim_, 1);
-      core.fetch_rows(v + slot * core.dim_, 1);
+      const std::int64_t place = places ? places[at] : at * core.dim_;
+      core.fetch_rows(k + place, 1);
+      core.fetch_rows(v + place, 1);
       at++;
     }
 
@@ -282,10 +284,12 @@ class TileCore {
     }
   };
 
-  Fetch fetch_after(const bf16* k, const bf16* v, const std::int64_t* slots, std::int64_t left) const {
+  Fetch fetch_after(const bf16* k, const bf16* v, const std::int64_t* places, std::int64_t left,
+                    Next<bf16> next) const {
     const int pairs = (columns_ + 1) / 2, steps = kTokens / kDepth * wide_ / kDepth;
-    const std::int64_t ahead = slots ? 2 * kTokens : kTokens;
-    return {*this, k, v, slots, ahead, std::min(left, ahead + kTokens), kTokens / 2 * (1 + columns_) + 4 * pairs * steps};
+    const int calls = kTokens / 2 * (1 + columns_) + 4 * pairs * steps;
+    if (places) return {*this, k, v, places, 2 * kTokens, std::min<std::int64_t>(left, 3 * kTokens), calls};
+    return {*this, next.k, next.v, nullptr, 0, std::min<std::int64_t>(left - kTokens, kTokens), calls};
   }
 
   // s_[i] [slot, row]: dot products of the keys with column `first` + i of the queries.
@@ -620,6 +624,8 @@ struct TileLinear {
 
 void attend_bf16(const Attend& a) { attend<TileCore, bf16>(a); }
 
+void gather_bf16(const Gather& a) { gather<TileCore, bf16>(a); }
+
 void select_bf16(const Select& s) { select<TileCore, bf16>(s); }
 
 void linear_bf16(const Matrix& m, const void* x, void* out, std::int64_t rows, int threads) {
@@ -646,6 +652,7 @@ void after_bf16(const Block& b, const void* x, const void* attention, void* out,
 const Level amx = {
     "amx",
     {attend<VectorCore<float>, float>, attend_bf16},
+    {gather<VectorCore<float>, float>, gather_bf16},
     {select<VectorCore<float>, float>, select_bf16},
     {linear<VectorLinear<float>, float>, linear_bf16},
     {before<VectorLinear<float>, float>, before_bf16},

@@ -5,7 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -102,89 +102,148 @@ void unlocked(F&& kernel) {
   kernel();
 }
 
-// Rows of query heads [R, H, D] and the KV heads' slots [H_kv, L, D] that they read.
-Tensor queries(nb::handle q, const Tensor& k) {
+// One layer's pages [pages, 2, H_kv, kPage, D], which are kept alive.
+struct Layout : Pages {
+  nb::object tensor;
+  Type type;
+  Size count;
+
+  explicit Layout(nb::object given) : tensor(std::move(given)) {
+    const Tensor x("pages", tensor);
+    x.half();
+    x.shaped({Tensor::kAny, 2, Tensor::kAny, kPage, Tensor::kAny}).contiguous(3);
+    require(x.elements() > 0, "pages are empty.");
+    type = x.type(), count = x.size(0);
+    k = x.data<char>(), v = x.data<char>() + x.stride(1) * (x.half() ? 2 : 4);
+    page = x.stride(0), head = x.stride(2), kv_heads = x.size(2), dim = x.size(4);
+  }
+};
+
+struct Request : Reads::Request {
+  Request(std::vector<Size> pages, Size prefix_, Size length_, nb::handle positions_, nb::handle low_,
+          nb::handle tail_) {
+    table = std::move(pages), prefix = prefix_, length = length_;
+    require(length > 0 && (length + kPage - 1) / kPage <= static_cast<Size>(table.size()),
+            "length must be positive, and the table must have a page for every slot.");
+    for (Size page : table) require(page >= 0, "page numbers must not be negative.");
+    require(0 <= prefix && prefix <= length, "prefix must be between 0 and the number of slots.");
+    const Tensor of_rows = Tensor("positions", positions_).of(Type::int32).shaped({Tensor::kAny}).contiguous();
+    rows = of_rows.size(0);
+    positions.assign(of_rows.data<std::int32_t>(), of_rows.data<std::int32_t>() + rows);
+    if (!low_.is_none()) {
+      const Tensor x = Tensor("low", low_).of(Type::int32).shaped({rows}).contiguous();
+      low.assign(x.data<std::int32_t>(), x.data<std::int32_t>() + rows);
+    }
+    if (tail_.is_none()) {
+      require(prefix + rows <= length, "prefix and rows are more than the slots.");
+    } else {
+      const Tensor x = Tensor("tail", tail_).of(Type::boolean).shaped({rows, length - prefix}).contiguous();
+      tail.assign(x.data<std::uint8_t>(), x.data<std::uint8_t>() + x.elements());
+      if (tail.empty()) tail.push_back(0);  // of no slots, but there
+    }
+  }
+};
+
+std::vector<Reads::Request> requests(const std::vector<const Request*>& given) {
+  require(!given.empty(), "there are no requests.");
+  std::vector<Reads::Request> copies;
+  for (const Request* request : given) copies.push_back(*request);
+  return copies;
+}
+
+void fits(const Reads& reads, const Layout& pages) {
+  require(reads.pages <= pages.count, "a table names pages that are not there.");
+}
+
+// Query heads of all rows [R, H, D].
+Tensor queries(nb::handle q, const Reads& reads, const Layout& pages) {
   Tensor x("q", q);
-  x.shaped({Tensor::kAny, Tensor::kAny, k.size(2)}).contiguous(2);
-  require(x.size(1) > 0 && x.size(1) % k.size(0) == 0, "q must have a multiple of the KV heads as heads.");
+  x.of(pages.type).shaped({Size(reads.rows.size()), Tensor::kAny, pages.dim}).contiguous(2);
+  require(x.size(1) > 0 && x.size(1) % pages.kv_heads == 0, "q must have a multiple of the KV heads as heads.");
   return x;
 }
 
-Tensor slots(const char* name, nb::handle x) {
-  Tensor tensor(name, x);
-  tensor.half();
-  tensor.shaped({Tensor::kAny, Tensor::kAny, Tensor::kAny}).contiguous(1);
-  if (tensor.elements() == 0) wrong_value(std::string(name) + " is empty.");
-  return tensor;
+Attend attention(nb::handle q, const Layout& pages, const Reads& reads, nb::handle out, nb::handle lse, float scale,
+                 float softcap, int threads) {
+  fits(reads, pages);
+  const Tensor x = queries(q, reads, pages), result("out", out), mass("lse", lse);
+  result.of(pages.type).shaped({x.size(0), x.size(1), x.size(2)}).contiguous();
+  mass.of(Type::float32).shaped({x.size(0), x.size(1)}).contiguous();
+  require(threads > 0, "threads must be positive.");
+  return {x.data(), result.data(), mass.data<float>(), x.size(1), x.stride(0), x.stride(1), scale, softcap, &reads,
+          pages, threads};
 }
 
-Visible visible(Size rows, Size length, Size prefix, const Maybe& low, const Maybe& tail) {
-  require(0 <= prefix && prefix <= length, "prefix must be between 0 and the number of slots.");
-  if (low) low->of(Type::int32).shaped({rows}).contiguous();
-  if (tail) tail->of(Type::boolean).shaped({rows, length - prefix}).contiguous();
-  return {prefix, low.data<std::int32_t>(), tail.data<std::uint8_t>()};
+void attend(const Level& level, nb::handle q, const Layout& pages, const Reads& reads, nb::handle out, nb::handle lse,
+            float scale, float softcap, int threads) {
+  const Attend a = attention(q, pages, reads, out, lse, scale, softcap, threads);
+  if (!reads.rows.empty()) unlocked([&] { level.attend[pages.type == Type::bfloat16](a); });
 }
 
-void within(const Tensor& index, Size length) {
-  const std::int64_t* at = index.data<std::int64_t>();
+void gather(const Level& level, nb::handle q, const Layout& pages, const Reads& reads, nb::handle index, nb::handle mask,
+            nb::handle mean_k, nb::handle mean_v, float weight, nb::handle out, nb::handle lse, float scale,
+            float softcap, int threads) {
+  const Size rows = reads.rows.size();
+  const Tensor chosen("index", index);
+  const Maybe shown("mask", mask), more_k("mean_k", mean_k), more_v("mean_v", mean_v);
+  Gather a{attention(q, pages, reads, out, lse, scale, softcap, threads), chosen.data<std::int64_t>(),
+           shown.data<std::uint8_t>(), 0, more_k.data(), more_v.data(), 0, 0, 0, weight};
+  chosen.of(Type::int64).shaped({rows, pages.kv_heads, Tensor::kAny}).contiguous();
+  a.budget = chosen.size(2);
+  if (shown) shown->of(Type::boolean).shaped({rows, pages.kv_heads, a.budget}).contiguous();
+  const Size own = pages.kv_heads * a.budget;
   bool beyond = false;
-  for (Size i = 0, count = index.elements(); i < count; i++)
-    beyond |= static_cast<std::uint64_t>(at[i]) >= static_cast<std::uint64_t>(length);
+  for (Size row = 0; row < rows; row++)
+    for (Size i = row * own; i < (row + 1) * own; i++)
+      beyond |= static_cast<std::uint64_t>(a.index[i]) >= static_cast<std::uint64_t>(reads.rows[row].length);
   require(!beyond, "index names slots that are not there.");
-}
-
-void attend(const Level& level, nb::handle q, nb::handle k, nb::handle v, nb::handle out, float scale, float softcap,
-            Size prefix, nb::handle low, nb::handle tail, nb::handle index, nb::handle mask, nb::handle mean_k,
-            nb::handle mean_v, float weight, int threads) {
-  const Tensor keys = slots("k", k), values = slots("v", v), x = queries(q, keys), result("out", out);
-  const Size rows = x.size(0), heads = x.size(1), kv_heads = keys.size(0), length = keys.size(1), dim = keys.size(2);
-  x.of(keys.type());
-  values.of(keys.type()).shaped({kv_heads, length, dim});
-  result.of(keys.type()).shaped({rows, heads, dim}).contiguous();
-  const Maybe lowest("low", low), later("tail", tail), chosen("index", index), shown("mask", mask);
-  const Maybe more_k("mean_k", mean_k), more_v("mean_v", mean_v);
-  require(threads > 0, "threads must be positive.");
-  Attend a{x.data(), keys.data(), values.data(), result.data(), rows, heads, kv_heads, dim, length,
-           x.stride(0), x.stride(1), keys.stride(0), values.stride(0), scale, softcap, {}, chosen.data<std::int64_t>(),
-           shown.data<std::uint8_t>(), 0, more_k.data(), more_v.data(), 0, 0, 0, weight, threads};
-  if (chosen) {
-    chosen->of(Type::int64).shaped({rows, kv_heads, Tensor::kAny}).contiguous();
-    a.budget = chosen->size(2);
-    within(*chosen.operator->(), length);
-    if (shown) shown->of(Type::boolean).shaped({rows, kv_heads, a.budget}).contiguous();
-    require(bool(more_k) == bool(more_v), "mean_k and mean_v come together.");
-    if (more_k) {
-      a.means = more_k->size(1);
-      more_k->of(keys.type()).shaped({kv_heads, Tensor::kAny, dim}).contiguous(1);
-      more_v->of(keys.type()).shaped({kv_heads, a.means, dim}).contiguous(1);
-      a.mean_k_head = more_k->stride(0), a.mean_v_head = more_v->stride(0);
-      require(weight >= 1, "weight must be at least 1.");
-    }
-    require(a.budget + a.means > 0, "index is empty.");
-  } else {
-    require(!shown && !more_k && !more_v, "mask and means go with an index.");
-    a.visible = visible(rows, length, prefix, lowest, later);
+  require(bool(more_k) == bool(more_v), "mean_k and mean_v come together.");
+  if (more_k) {
+    a.means = more_k->of(pages.type).shaped({pages.kv_heads, Tensor::kAny, pages.dim}).contiguous(1).size(1);
+    more_v->of(pages.type).shaped({pages.kv_heads, a.means, pages.dim}).contiguous(1);
+    a.mean_k_head = more_k->stride(0), a.mean_v_head = more_v->stride(0);
+    require(weight >= 1, "weight must be at least 1.");
   }
-  if (rows > 0) unlocked([&] { level.attend[keys.half()](a); });
+  require(a.budget + a.means > 0, "index is empty.");
+  if (rows > 0) unlocked([&] { level.gather[pages.type == Type::bfloat16](a); });
 }
 
-void choose(const Level& level, nb::handle q, nb::handle k, nb::handle index, Size sinks, Size recent, float scale,
-            float softcap, Size prefix, nb::handle tail, nb::handle positions, bool largest, bool joined,
-            int threads) {
-  const Tensor keys = slots("k", k), x = queries(q, keys), chosen("index", index), places("positions", positions);
-  const Size rows = x.size(0), kv_heads = keys.size(0), length = keys.size(1);
-  x.of(keys.type());
-  chosen.of(Type::int64).shaped({rows, kv_heads, Tensor::kAny}).contiguous();
-  places.of(Type::int32).shaped({rows}).contiguous();
-  const Maybe later("tail", tail);
-  require(chosen.size(2) <= length, "index has room for more slots than there are.");
-  require(prefix + rows <= length, "prefix and rows are more than the slots.");
+void choose(const Level& level, nb::handle q, const Layout& pages, const Reads& reads, nb::handle index, Size sinks,
+            Size recent, float scale, float softcap, bool largest, bool joined, int threads) {
+  fits(reads, pages);
+  const Tensor x = queries(q, reads, pages), chosen("index", index);
+  require(reads.requests.size() == 1, "slots are chosen for one request at a time.");
+  const Reads::Request& own = reads.requests[0];
+  chosen.of(Type::int64).shaped({own.rows, pages.kv_heads, Tensor::kAny}).contiguous();
+  require(chosen.size(2) <= own.length, "index has room for more slots than there are.");
+  require(own.prefix + own.rows <= own.length, "prefix and rows are more than the slots.");
   require(threads > 0, "threads must be positive.");
-  const Select s{x.data(), keys.data(), chosen.data<std::int64_t>(), rows, x.size(1), kv_heads, keys.size(2), length,
-                 chosen.size(2), sinks, recent, x.stride(0), x.stride(1), keys.stride(0), scale, softcap,
-                 visible(rows, length, prefix, Maybe("low", nb::none()), later), places.data<std::int32_t>(), largest,
-                 joined, threads};
-  if (chosen.elements() > 0) unlocked([&] { level.select[keys.half()](s); });
+  const Select s{x.data(), chosen.data<std::int64_t>(), x.size(1), x.stride(0), x.stride(1), chosen.size(2), sinks,
+                 recent, scale, softcap, &reads, pages, largest, joined, threads};
+  if (chosen.elements() > 0) unlocked([&] { level.select[pages.type == Type::bfloat16](s); });
+}
+
+// Rows of keys and values [H_kv, R, D] go to the slots behind each request's prefix.
+void store(const Layout& pages, const Reads& reads, nb::handle keys, nb::handle values) {
+  fits(reads, pages);
+  const Tensor k("keys", keys), v("values", values);
+  const Size rows = reads.rows.size(), size = pages.type == Type::bfloat16 ? 2 : 4;
+  for (const Tensor* x : {&k, &v}) x->of(pages.type).shaped({pages.kv_heads, rows, pages.dim}).contiguous(2);
+  for (const auto& own : reads.requests)
+    require(own.prefix + own.rows <= own.length, "prefix and rows are more than the slots.");
+  nb::gil_scoped_release nogil;
+  Size row = 0;
+  for (const auto& own : reads.requests)
+    for (Size slot = own.prefix; slot < own.prefix + own.rows; slot++, row++) {
+      const Size place = own.table[slot / kPage] * pages.page + slot % kPage * pages.dim;
+      for (Size head = 0; head < pages.kv_heads; head++) {
+        const Size to = (place + head * pages.head) * size, bytes = pages.dim * size;
+        std::memcpy(static_cast<char*>(pages.k) + to,
+                    k.data<char>() + (head * k.stride(0) + row * k.stride(1)) * size, bytes);
+        std::memcpy(static_cast<char*>(pages.v) + to,
+                    v.data<char>() + (head * v.stride(0) + row * v.stride(1)) * size, bytes);
+      }
+    }
 }
 
 // A projection: its weight [outputs, inputs] and bias.
@@ -288,13 +347,31 @@ NB_MODULE(_cpu, m) {
            "input_norm"_a, "output_norm"_a, "q_norm"_a.none(), "k_norm"_a.none(), "projections"_a, "head_dim"_a,
            "rotary"_a, "epsilon"_a);
 
+  nb::class_<Layout>(m, "Pages").def(nb::init<nb::object>(), "tensor"_a);
+  nb::class_<Request>(m, "Request")
+      .def(nb::init<std::vector<Size>, Size, Size, nb::handle, nb::handle, nb::handle>(), "table"_a, "prefix"_a,
+           "length"_a, "positions"_a, "low"_a.none(), "tail"_a.none());
+  nb::class_<Reads>(m, "Reads")
+      .def("__init__",
+           [](Reads* own, const std::vector<const Request*>& given) { new (own) Reads(requests(given)); },
+           "requests"_a)
+      .def_prop_ro("groups", [](const Reads& reads) {
+        std::vector<std::pair<std::vector<std::int32_t>, std::pair<Size, Size>>> found;
+        for (const Group& g : reads.groups) found.push_back({g.rows, {g.first, g.last}});
+        return found;
+      });
+  m.attr("PAGE") = kPage;
+  m.attr("SPAN") = kSpan;
+  m.def("write", store, "pages"_a, "reads"_a, "keys"_a, "values"_a);
+
   nb::class_<Level>(m, "Level")
       .def_prop_ro("name", [](const Level& level) { return level.name; })
-      .def("attend", attend, nb::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "scale"_a, "softcap"_a, "prefix"_a,
-           "low"_a.none(), "tail"_a.none(), "index"_a.none(), "mask"_a.none(), "mean_k"_a.none(), "mean_v"_a.none(),
-           "weight"_a, "threads"_a)
-      .def("select", choose, nb::kw_only(), "q"_a, "k"_a, "index"_a, "sinks"_a, "recent"_a, "scale"_a, "softcap"_a,
-           "prefix"_a, "tail"_a.none(), "positions"_a, "largest"_a, "joined"_a, "threads"_a)
+      .def("attend", attend, nb::kw_only(), "q"_a, "pages"_a, "reads"_a, "out"_a, "lse"_a, "scale"_a, "softcap"_a,
+           "threads"_a)
+      .def("gather", gather, nb::kw_only(), "q"_a, "pages"_a, "reads"_a, "index"_a, "mask"_a.none(),
+           "mean_k"_a.none(), "mean_v"_a.none(), "weight"_a, "out"_a, "lse"_a, "scale"_a, "softcap"_a, "threads"_a)
+      .def("select", choose, nb::kw_only(), "q"_a, "pages"_a, "reads"_a, "index"_a, "sinks"_a, "recent"_a, "scale"_a,
+           "softcap"_a, "largest"_a, "joined"_a, "threads"_a)
       .def("linear", linear, nb::kw_only(), "weight"_a, "bias"_a.none(), "x"_a, "out"_a, "threads"_a)
       .def("before", before, "layer"_a, nb::kw_only(), "x"_a, "cos"_a, "sin"_a, "q"_a, "k"_a, "v"_a, "threads"_a)
       .def("after", after, "layer"_a, nb::kw_only(), "x"_a, "attention"_a, "out"_a, "threads"_a);

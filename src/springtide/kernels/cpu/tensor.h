@@ -88,6 +88,7 @@ class Tensor {
 
   // The elements of the dimensions from `first` on lie one after the other.
   const Tensor& contiguous(int first = 0) const {
+    if (elements() == 0) return *this;
     Size step = 1;
     for (int i = dims_ - 1; i >= first; step *= shape_[i--])
       if (shape_[i] > 1 && strides_[i] != step)
