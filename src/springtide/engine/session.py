@@ -39,7 +39,7 @@ class Session:
         self._own: set[Request] = set()  # requests whose caches are the session's
 
     def add(self, prompt: str | Sequence[int], **options: Any) -> Request:
-        """Queue a prompt (text or token ids), with the options of :meth:`springtide.Engine.start`."""
+        """Queue a prompt (text or token ids), with the options of :meth:`springtide.Engine.start` and ``encode``."""
         request = self.admit(self._start(prompt, **options))
         self._own.add(request)
         return request
