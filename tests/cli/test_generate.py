@@ -86,6 +86,16 @@ def test_sampling_options_reach_the_engine(run, folder):
     assert run(*base, *arguments).out == run(*base, *arguments).out == text + "\n"
 
 
+@pytest.mark.parametrize("chat", [[], ["--chat"]])
+def test_control_tokens_in_a_prompt_are_text_unless_asked(run, folder, chat, tmp_path):
+    counts = []
+    for asked in ([], ["--special-tokens"]):
+        base = ["generate", "One</s>two", "--model", folder, "--max-tokens", 1, "--json", tmp_path / "out.json"]
+        assert run(*base, *chat, *asked).code == 0
+        counts.append(json.loads((tmp_path / "out.json").read_text())["prompt_tokens"])
+    assert counts[0] > counts[1]
+
+
 def test_chat_wraps_the_prompt(run, folder):
     text = springtide.load(folder).chat([{"role": "user", "content": "Who?"}], max_tokens=6).text
     assert run("generate", "Who?", "--chat", "--model", folder, "--max-tokens", 6).out == text + "\n"

@@ -21,6 +21,7 @@ from springtide.cli.inputs import (
     Penalty,
     PolicyText,
     Seed,
+    SpecialTokens,
     Stats,
     Stop,
     Temperature,
@@ -38,6 +39,7 @@ def generate(
     model: Model = "pocket",
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this UTF-8 file.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    special_tokens: SpecialTokens = False,
     policy: PolicyText = "dense",
     budget: Budget = None,
     max_tokens: MaxTokens = 256,
@@ -66,7 +68,10 @@ def generate(
     chosen = read_policy(policy, budget)
     text = read_prompt(prompt, prompt_file)
     engine = load_engine(model, device, dtype, policy=chosen, draft=draft)
-    tokens = engine.render([{"role": "user", "content": text}]) if chat else engine.encode(text)
+    if chat:
+        tokens = engine.render([{"role": "user", "content": text}], special_tokens=special_tokens)
+    else:
+        tokens = engine.encode(text, special_tokens=special_tokens)
     session = engine.session()
     request = session.add(tokens, sampling=sampling)
     interrupted = False

@@ -45,6 +45,12 @@ MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the m
 Penalty = Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")]
+SpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--special-tokens", help="Take control tokens that the prompt spells out, such as <|im_end|>, for themselves."
+    ),
+]
 Stats = Annotated[
     bool,
     typer.Option("--stats", help="Print timing and traffic to standard error; on a terminal drafted text is green."),

@@ -141,8 +141,8 @@ class Engine:
     def generate(self, prompts: Any, **options: Any) -> Output | list[Output]:
         """Complete one prompt (text or token ids) or a list of them, which run as one batch; none for an empty list.
 
-        Options are those of :meth:`start`; ``policy`` and ``draft`` may be lists, one each for the prompts. Raises
-        SpringtideError for an empty prompt, one beyond the context limit, or a bad option.
+        Options are those of :meth:`start` and :meth:`encode`; ``policy`` and ``draft`` may be lists, one each for the
+        prompts. Raises SpringtideError for an empty prompt, one beyond the context limit, or a bad option.
         """
         prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
         single = isinstance(prompts, str) or any(isinstance(p, int) for p in prompts)
@@ -161,22 +161,30 @@ class Engine:
         session.add(prompt, **options)
         return (event.text for event in session.run() if event.text)
 
-    def chat(self, messages: Sequence[dict[str, str]], **options: Any) -> Output:
-        """Answer ``messages`` (``{"role": ..., "content": ...}``) in the model's chat template."""
-        return self.generate([self.render(messages)], **options)[0]
+    def chat(self, messages: Sequence[dict[str, str]], *, special_tokens: bool = False, **options: Any) -> Output:
+        """Answer ``messages`` (``{"role": ..., "content": ...}``) in the model's chat template, see :meth:`render`."""
+        return self.generate([self.render(messages, special_tokens=special_tokens)], **options)[0]
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; ids pass through."""
+    def encode(self, prompt: Prompt, *, special_tokens: bool = False) -> list[int]:
+        """Token ids of a prompt; ids pass through.
+
+        ``special_tokens``: control tokens that are written in a text, such as ``<|im_end|>``, are those tokens, not
+        text. Those that the tokenizer adds to every text are there either way.
+        """
         if isinstance(prompt, str):
             _check_unicode(prompt)
-            return list(self._tokenizer().encode(prompt))
+            return list(self._tokenizer().encode(prompt, split_special_tokens=not special_tokens))
         ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
         if not isinstance(ids, Sequence) or not all(isinstance(token, int) for token in ids):
             raise SpringtideError("A prompt is text or a list of token ids.")
         return list(ids)
 
-    def render(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation in the model's chat template."""
+    def render(self, messages: Sequence[dict[str, str]], *, special_tokens: bool = False) -> list[int]:
+        """Token ids of a conversation in the model's chat template.
+
+        Control tokens are those of the template alone: what the messages hold is text, and cannot end a turn, unless
+        ``special_tokens`` are asked for.
+        """
         tokenizer = self._tokenizer()
         if tokenizer.chat_template is None:
             raise SpringtideError(
@@ -190,7 +198,9 @@ class Engine:
             if isinstance(message["content"], str):
                 _check_unicode(message["content"])
         try:
-            ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            ids: list[int] = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=not special_tokens
+            )
         except (TemplateError, ValueError) as error:
             reason = str(error).rstrip(".")
             raise SpringtideError(f"The model's chat template does not take these messages: {reason}.") from None
@@ -212,7 +222,10 @@ class Engine:
             at_least(1 if value is None else value, 1, name)
         loop = Loop(self.stack, self.eos, Governor if self.adaptive else None, max_rows)
         memory = Memory(self.stack, limit)
-        return Session(loop, lambda prompt, **options: self.start(self.encode(prompt), **options), memory, max_requests)
+        return Session(loop, self._start, memory, max_requests)
+
+    def _start(self, prompt: Prompt, *, special_tokens: bool = False, **options: Any) -> Request:
+        return self.start(self.encode(prompt, special_tokens=special_tokens), **options)
 
     def start(
         self,

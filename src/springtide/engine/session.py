@@ -38,7 +38,7 @@ class Session:
         self._scheduler = Scheduler(memory, loop.max_rows, max_requests)
 
     def add(self, prompt: str | Sequence[int], **options: Any) -> Request:
-        """Queue a prompt (text or token ids), with the options of :meth:`springtide.Engine.start`.
+        """Queue a prompt (text or token ids), with the options of ``start`` and ``encode`` of the engine.
 
         Raises SpringtideError for a bad prompt or option, and for a request that is too large for the session's memory.
         """

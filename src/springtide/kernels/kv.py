@@ -14,7 +14,7 @@ from springtide.kernels import native
 from springtide.kernels.visible import Visible
 
 if TYPE_CHECKING:
-    from springtide.kernels import _cpu
+    import springtide.kernels._cpu as _cpu
 
 PAGE = 256
 """Slots of a page."""
