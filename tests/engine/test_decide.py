@@ -16,6 +16,7 @@ from springtide.engine.decide import decide
 from springtide.engine.request import Decision, Request
 from springtide.engine.text import Detokenizer
 from springtide.rows.cache import Cache
+from springtide.rows.pool import Pool
 from springtide.rows.sampling import Sampling, Seen
 from springtide.rows.segment import PREFIX, PromptEmbeds
 
@@ -27,7 +28,7 @@ def request_of(output=(), embeds=None, letters=True, **options):
     """A request that has generated ``output`` already."""
     sampling = Sampling(**options)
     writer = Detokenizer(Letters(), sampling.stop) if letters else None
-    request = Request(list(PROMPT), sampling, Policy(), Drafter(), Cache(1), 3, 3, embeds=embeds, writer=writer)
+    request = Request(list(PROMPT), sampling, Policy(), Drafter(), Cache(Pool(1)), 3, 3, embeds=embeds, writer=writer)
     for token in output:
         request.gain(decided(request, token, tree=TokenTree.single(request.tokens[-1])), 0, 0, 0.0)
     return request

@@ -10,11 +10,12 @@ from springtide.engine.request import Request
 from springtide.engine.scheduler import Scheduler
 from springtide.errors import SpringtideError
 from springtide.rows.cache import Cache
+from springtide.rows.pool import Pool
 from springtide.rows.sampling import Sampling
 
 
 def request(length=3):
-    return Request([1] * length, Sampling(), Policy(), Drafter(), Cache(1), length, length)
+    return Request([1] * length, Sampling(), Policy(), Drafter(), Cache(Pool(1)), length, length)
 
 
 def scheduler_of(*requests, places=16):
