@@ -232,6 +232,7 @@ class Sitting:
             known.check()
             if known.reusable:
                 self.check_cache(known.request)
+            assert known.finish_reason != "cancelled" or not known.request.cache.nbytes
 
     def check_cache(self, request: Request) -> None:
         """What is committed can be used, and nothing else is."""
@@ -292,3 +293,6 @@ def test_each_output_is_the_one_alone(schedule):
         while sitting.unfinished:
             sitting.step()
     assert sitting.session.step() == [] == sitting.session.unfinished
+    pool = sitting.engine.stack.pool
+    del sitting
+    assert pool.used == 0, "all pages are given back"
