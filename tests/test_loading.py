@@ -133,7 +133,7 @@ def selecting(model: Any) -> int:
 @pytest.mark.filterwarnings("error")
 def test_the_users_own_calibration_of_a_model_that_is_not_theirs_to_write_to(tmp_path, home, monkeypatch):
     """Of the hub's cache: what calibration writes lies in the user's folder, and wins over what came with the model."""
-    monkeypatch.setattr("springtide.loading.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     folder = save_model(tmp_path / "hub" / "models--a--b" / "snapshots" / "0123")
     (folder / "springtide.json").write_text(json.dumps(other(2)))
     assert selecting(folder) == 2
@@ -211,7 +211,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "config is no object": (write("config.json", "[]"), r"config\.json' is broken"),
     "config is empty": (write("config.json", "{}"), "names no model_type"),
     "config is nonsense": (configure(hidden_size="many"), r"config\.json' cannot be used .*hidden_size"),
-    "config of another size": (configure(hidden_size=64), "of another shape than config.json says"),
+    "config of another size": (configure(hidden_size=64), "of another shape than the configuration says"),
     "impossible config": (configure(num_attention_heads=0), "cannot be read"),
     "unsupported architecture": (configure(model_type="gpt2"), "Architecture 'gpt2' is not supported.*Llama, .*Qwen3"),
     "unknown architecture": (configure(model_type="nosuch"), "Architecture 'nosuch' is not supported"),

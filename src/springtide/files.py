@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -69,6 +71,17 @@ def _move(source: Path, target: Path) -> None:
         with source.open("rb") as file:
             os.fsync(file.fileno())
     os.replace(source, target)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that was fetched; raises SpringtideError if it is missing or broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+    except (ValueError, OSError) as error:
+        raise SpringtideError(f"'{path}' is broken ({reason(error)}); get it again.") from None
+    return content
 
 
 def reason(error: Exception) -> str:

@@ -1,9 +1,7 @@
-"""From a model folder to an engine."""
+"""From a model's name to an engine."""
 
 from __future__ import annotations
 
-import json
-import sys
 import warnings
 from collections.abc import Sequence
 from copy import copy
@@ -12,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.constants import HF_HUB_CACHE
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
 from springtide.attention.calibration import read_calibration, read_file
 from springtide.attention.policy import Policy
@@ -23,10 +19,10 @@ from springtide.drafting import find_adapter, find_drafter
 from springtide.drafting.drafter import Drafter
 from springtide.engine.engine import Engine
 from springtide.errors import SpringtideError
-from springtide.model.stack import check_supported, fingerprint
+from springtide.files import reason
+from springtide.model.source import check_finite, find_model, foreign, load_tokenizer
+from springtide.model.stack import fingerprint
 from springtide.places import cache_home, data_home
-
-PACKAGE = Path(__file__).parent
 
 
 def load(
@@ -37,11 +33,13 @@ def load(
     dtype: str | torch.dtype | None = None,
     calibrated: bool = True,
     draft: str | Path | Drafter | None = None,
+    revision: str | None = None,
 ) -> Engine:
     """An engine for a model.
 
     Args:
-        model: a Hugging Face model folder, ``"pocket"`` for the bundled model, or a loaded model.
+        model: a Hugging Face model folder, a name on the hub, a ``.gguf`` file, ``"pocket"`` for the bundled model (see
+            :func:`springtide.model.source.find_model`), or a loaded model.
         tokenizer: the tokenizer, or a folder with one (default: the model folder's; None for a loaded model).
         policy: attention policy, see :func:`springtide.attention.parse_policy`. A model that ``tidal`` knows no layers
             of is calibrated briefly, see :func:`know_layers`.
@@ -51,9 +49,10 @@ def load(
         draft: what proposes tokens to try: ``"lookup"``, ``"medusa"``, ``"medusa2"`` or ``"hidden-transfer"``, a
             drafter's folder, or a drafter. Its draft tree is chosen by what rows cost on this machine. A Medusa-2
             drafter changes the model: its folder has an adapter, which is merged into the loaded weights.
+        revision: of a model of the hub: a branch, a tag or a commit (default: its main branch).
 
     Raises:
-        SpringtideError: no such folder, incomplete or broken weights, unsupported architecture, bad policy, a drafter
+        SpringtideError: no such model, incomplete or broken weights, unsupported architecture, bad policy, a drafter
             that is missing or broken or does not fit the model.
     """
     wanted, place = as_dtype(dtype), as_device(device)
@@ -62,19 +61,21 @@ def load(
             raise SpringtideError(
                 "A dtype is for a model folder; convert a loaded model yourself, with model.to(dtype)."
             )
+        if revision is not None:
+            raise SpringtideError("A revision is for a model of the hub, not for a loaded one; leave it out.")
         if isinstance(tokenizer, (str, Path)):
-            tokenizer = _load_tokenizer(Path(tokenizer))
+            tokenizer = load_tokenizer(Path(tokenizer))
         calibration = calibration_of(model) if calibrated else None
         engine = Engine(model if device is None else _move(model, place), tokenizer, calibration=calibration)
         engine = under(engine, policy)
         return engine if draft is None else drafting(engine, draft)
-    folder = find_model(model)
-    config = _load_config(folder)
-    drafter = find_drafter(draft, folder) if isinstance(draft, (str, Path)) else draft
+    source = find_model(model, revision)
+    config = source.config()
+    drafter = find_drafter(draft, source.folder) if isinstance(draft, (str, Path)) else draft
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        tokenizer = _load_tokenizer(Path(tokenizer) if tokenizer else folder)
-    loaded = _load_weights(folder, config, wanted)
-    adapter = find_adapter(draft, folder)
+        tokenizer = load_tokenizer(Path(tokenizer)) if tokenizer else source.tokenizer()
+    loaded = source.weights(config, wanted)
+    adapter = find_adapter(draft, source.folder)
     if adapter is not None:
         loaded = _merge(loaded, adapter)
     calibration = calibration_of(loaded) if calibrated else None
@@ -146,33 +147,12 @@ def _calibration_folders(model: PreTrainedModel) -> list[Path]:
     name, kept = model.name_or_path, data_home() / "calibrations" / _key(model)
     if not name or not Path(name).is_dir():
         return [kept]
-    folder = Path(name).resolve()
-    foreign = any(folder.is_relative_to(Path(place).resolve()) for place in (PACKAGE, HF_HUB_CACHE))
-    return [kept, Path(name)] if foreign else [Path(name), kept]
+    return [kept, Path(name)] if foreign(Path(name)) else [Path(name), kept]
 
 
 def _key(model: PreTrainedModel) -> str:
     """Tells models apart, wherever their weights came from."""
     return f"{fingerprint(model)}-{model.config.num_hidden_layers}"
-
-
-def find_model(name: str | Path) -> Path:
-    """The folder of a model: a path, or ``"pocket"``. Raises SpringtideError if there is none."""
-    pocket = str(name) == "pocket"
-    folder = PACKAGE / "models" / "pocket" if pocket else Path(name).expanduser()
-    if not str(name) or not folder.is_dir():
-        if pocket:
-            raise SpringtideError("The bundled model is not there; install springtide again or give a model folder.")
-        raise SpringtideError(
-            f"There is no model folder '{name}'; give a folder with config.json and weights (download it first), "
-            "or 'pocket'."
-        )
-    if not (folder / "config.json").is_file():
-        raise SpringtideError(
-            f"'{folder}' holds no config.json, so it is not a Hugging Face model folder; "
-            "give one that is, or finish the download."
-        )
-    return folder
 
 
 def as_device(device: str | torch.device | None) -> torch.device:
@@ -188,7 +168,7 @@ def as_device(device: str | torch.device | None) -> torch.device:
     try:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise SpringtideError(f"Device '{device}' cannot be used ({_reason(error)}); use cpu.") from None
+        raise SpringtideError(f"Device '{device}' cannot be used ({reason(error)}); use cpu.") from None
     return found
 
 
@@ -214,66 +194,6 @@ def _move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return moved
 
 
-def _load_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a supported model whose files are all there."""
-    path = folder / "config.json"
-    kind = _read_object(path).get("model_type")
-    if not isinstance(kind, str):
-        raise SpringtideError(f"'{path}' names no model_type; download the model again.")
-    check_supported(kind)
-    _check_files(folder)
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the file may hold anything
-        raise SpringtideError(f"'{path}' cannot be used ({_reason(error)}); download the model again.") from None
-
-
-def _load_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except ImportError as error:
-        raise SpringtideError(f"The weights in '{folder}' need a package that is missing: {_reason(error)}.") from None
-    except Exception as error:  # the files may hold anything
-        raise SpringtideError(
-            f"The weights in '{folder}' cannot be read ({_reason(error)}); download the model again."
-        ) from None
-    finally:
-        transformers_logging.enable_progress_bar()
-    _check_tensors(folder, model, report)
-    return model
-
-
-def _check_tensors(folder: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Raise SpringtideError unless every tensor of the model was in the files, in its shape and with finite values."""
-    for tensors, fault in (
-        (sorted(report["missing_keys"]), "lack {} that the model needs"),
-        (sorted(name for name, *_ in report["mismatched_keys"]), "hold {} of another shape than config.json says"),
-    ):
-        if tensors:
-            count = f"{len(tensors)} tensor{'s' if len(tensors) > 1 else ''}"
-            raise SpringtideError(
-                f"The weights in '{folder}' {fault.format(count)}, such as '{tensors[0]}'; download the model again."
-            )
-    _check_finite(folder, model)
-
-
-def _check_finite(folder: Path, model: PreTrainedModel) -> None:
-    """Raise SpringtideError if a tensor that came from the folder holds NaN or infinity."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter.detach().abs().max()):
-            raise SpringtideError(f"Tensor '{name}' in '{folder}' holds NaN or infinite values; get sound weights.")
-
-
 def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """The model with an adapter in peft's format added to its weights."""
     try:
@@ -292,55 +212,7 @@ def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
             merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except Exception as error:  # the files may hold anything
         raise SpringtideError(
-            f"The adapter in '{adapter}' cannot be used ({_reason(error):.200}); get the drafter again."
+            f"The adapter in '{adapter}' cannot be used ({reason(error):.200}); get the drafter again."
         ) from None
-    _check_finite(adapter, merged)
+    check_finite(adapter, merged)
     return merged
-
-
-def _check_files(folder: Path) -> None:
-    """Raise SpringtideError when a weight file that the folder's index names is not there."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = _read_object(index).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise SpringtideError(f"'{index}' does not say where the weights are; download it again.")
-        wanted = sorted(set(names.values()))
-        missing = [name for name in wanted if not (folder / name).is_file()]
-        if missing:
-            raise SpringtideError(
-                f"'{folder}' lacks {len(missing)} of {len(wanted)} weight files, such as '{missing[0]}'; "
-                "finish the download."
-            )
-    elif not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise SpringtideError(f"'{folder}' holds no weights (*.safetensors); finish the download.")
-    if (folder / "generation_config.json").is_file():
-        _read_object(folder / "generation_config.json")  # transformers would go on without a broken one
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
-    except (ValueError, OSError) as error:
-        raise SpringtideError(f"'{path}' is broken ({_reason(error)}); download it again.") from None
-    return content
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the files may hold anything
-        reason = _reason(error) if (folder / "tokenizer.json").is_file() else "there is no tokenizer.json"
-        raise SpringtideError(f"'{folder}' holds no usable tokenizer ({reason}); finish the download.") from None
-    if not any((folder / name).is_file() for name in tokenizer.vocab_files_names.values()):
-        # Some classes make an empty tokenizer out of nothing.
-        raise SpringtideError(f"'{folder}' holds no usable tokenizer (there is no file of one); finish the download.")
-    return tokenizer
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence of an error, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.split(". ")[0].rstrip(".:")

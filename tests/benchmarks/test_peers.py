@@ -14,6 +14,7 @@ from springtide.attention.calibration import VERSION
 from springtide.benchmarks import contenders, exports, peers
 from springtide.benchmarks.peers import PEERS, Target
 from springtide.engine.engine import Engine
+from springtide.model.source import Source
 from tiny import random_tokens, tiny
 
 PROMPT = random_tokens(60)
@@ -133,8 +134,8 @@ def test_exports_are_written_once_and_whole(tmp_path):
 
 def test_other_weights_have_another_name(tmp_path):
     folder = save_model(tmp_path / "model")
-    name = peers.weights_name(folder, "float32")
+    name = peers.weights_name(Source(folder), "float32")
     assert name.startswith("model-float32-")
-    assert name == peers.weights_name(folder, "float32") != peers.weights_name(folder, "bfloat16")
+    assert name == peers.weights_name(Source(folder), "float32") != peers.weights_name(Source(folder), "bfloat16")
     os.utime(folder / "model.safetensors", (1, 1))
-    assert name != peers.weights_name(folder, "float32")
+    assert name != peers.weights_name(Source(folder), "float32")

@@ -118,13 +118,17 @@ def test_a_calibration_by_an_earlier_version(run, tmp_path):
     )
 
 
+def test_calibrate_needs_a_model(run):
+    run("calibrate", "--model", "nosuch").refused("There is no model folder 'nosuch'")
+
+
 def test_the_bundled_model_is_not_calibrated_in_place(run):
     run("calibrate").refused("The bundled model is calibrated already; give --model DIR, or --out DIR")
 
 
 def test_calibrate_leaves_what_is_not_the_users_alone(run, tmp_path, book, home, monkeypatch):
     """A model in the hub's cache."""
-    monkeypatch.setattr("springtide.loading.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     folder = save_model(tmp_path / "models--a--b" / "snapshots" / "0123")
     before = sorted(os.listdir(folder))
     result = run("calibrate", "--model", folder, *SIZE, "--text", book)

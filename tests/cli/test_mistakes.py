@@ -84,7 +84,6 @@ def test_drafters_that_are_not_there(run, folder, draft, message):
         (["generate", "--prompt-file", "."], "'.' cannot be read (Is a directory)"),
         (["chat", "--system", "@nosuch.txt"], "'nosuch.txt' cannot be read"),
         (["chat", "--policy", "fast"], "Unknown policy 'fast'"),
-        (["calibrate", "--model", "nosuch"], "There is no model folder 'nosuch'"),
         (["eval", "needle", "--length", "long"], "--length is 'long', but it must be whole numbers joined by commas"),
         (["eval", "needle", "--length", "300,"], "must be whole numbers joined by commas"),
         (["eval", "needle", "--length", "0"], "--length must be at least 1, not 0"),

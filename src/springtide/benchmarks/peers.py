@@ -20,6 +20,7 @@ from springtide.benchmarks.contenders import Contender
 from springtide.benchmarks.exports import check_exported, once, write_gguf, write_openvino
 from springtide.engine.request import Request
 from springtide.errors import SpringtideError
+from springtide.model.source import Source
 from springtide.places import cache_home
 
 
@@ -207,11 +208,10 @@ def prepare(names: Sequence[str], target: Target) -> list[Peer]:
     return [PEERS[name](target) for name in tqdm(names, desc="preparing peers", leave=False, disable=None, delay=2)]
 
 
-def weights_name(folder: Path, dtype: str) -> str:
-    """A name for the weights in a model folder, another one when the files change."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin"))]
-    facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return f"{folder.resolve().name}-{dtype}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
+def weights_name(source: Source, dtype: str) -> str:
+    """A name for the weights of a model, another one when the files change."""
+    facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
+    return f"{source.path.resolve().name}-{dtype}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
 
 def _on_cpu(target: Target, name: str) -> None:

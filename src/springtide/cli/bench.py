@@ -241,7 +241,7 @@ def _peers(
 
     from springtide.benchmarks.contenders import dtype_name
     from springtide.benchmarks.peers import Target, prepare, weights_name
-    from springtide.loading import find_model
+    from springtide.model.source import find_model
 
     loaded = engine.stack.model
     dtype = dtype_name(loaded)

@@ -179,7 +179,7 @@ def drafts(
     from springtide.drafting import find_adapter
     from springtide.evaluation import drafts as evaluation
     from springtide.evaluation.report import check_target, write_json
-    from springtide.loading import find_model
+    from springtide.model.source import find_model
     from springtide.registry import split
 
     check_target(json_file, plot)
@@ -188,7 +188,7 @@ def drafts(
         raise SpringtideError("--draft names no drafter; give at least one, such as lookup.")
     lengths, temperatures = read_numbers(length, "--length"), read_temperatures(temperature)
     wanted = read_policies(policy, budget)
-    texts, folder = read_texts(text), find_model(model)
+    texts, folder = read_texts(text), find_model(model).folder
     own = [name for name in names if find_adapter(name, folder) is not None]  # these change the model
     engine = load_engine(model, device, dtype)
     changed = {name: load_engine(model, device, dtype, draft=name) for name in own}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from springtide.drafting.drafter import Target
 from springtide.errors import SpringtideError
-from springtide.files import filling, reason
+from springtide.files import filling, read_object, reason
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -49,13 +49,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise SpringtideError(f"'{folder}' holds no {CONFIG}, so it is not a drafter's folder; give one that is.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it holds no JSON object")
-    except (ValueError, OSError) as error:
-        raise SpringtideError(f"'{path}' is broken ({reason(error)}); get it again.") from None
-    return config
+    return read_object(path)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
