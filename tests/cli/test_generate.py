@@ -272,3 +272,17 @@ def test_the_bundled_model_is_the_default(run, tmp_path):
     result = run("generate", PROMPT, "--max-tokens", 4, "--json", tmp_path / "out.json")
     assert (result.code, result.err) == (0, "")
     assert len(json.loads((tmp_path / "out.json").read_text())["token_ids"]) == 4
+
+
+def test_samples_and_log_probabilities(run, folder, tmp_path):
+    base = ["generate", PROMPT, "--model", folder, "--max-tokens", 6, "--temperature", 1]
+    result = run(*base, "--n", 3, "--seed", 7, "--logprobs", 2, "--json", tmp_path / "out.json", "--stats")
+    assert result.code == 0 and result.err.count("TTFT") == 3
+    contents = json.loads((tmp_path / "out.json").read_text())
+    assert result.out == "".join(f"[seed {7 + i}]\n{content['text']}\n" for i, content in enumerate(contents))
+    assert run(*base, "--seed", 8).out == contents[1]["text"] + "\n"
+    for content in contents:
+        assert [each["token_id"] for each in content["logprobs"]] == content["token_ids"]
+        assert all(len(each["top"]) == 2 for each in content["logprobs"])
+    run(*base, "--logprobs", 2).refused("--logprobs has no effect without --json")
+    run(*base, "--n", 0).refused("--n")

@@ -349,7 +349,7 @@ class Mine(LogitsProcessor):
         ({"renormalize_logits": True}, "LogitNormalization"),
         ({"logits_processor": LogitsProcessorList([Mine()])}, "logits processor Mine"),
         ({"logits_processor": LogitsProcessorList([TopPLogitsWarper(0.5)]), "do_sample": True}, "in this order"),
-        ({"return_dict_in_generate": True, "output_scores": True}, "output_scores"),
+        ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
         ({"policy": "fast"}, "Unknown policy 'fast'"),
         ({"policy": "tidal:budget=0"}, "at least 1"),
     ],
@@ -357,6 +357,53 @@ class Mine(LogitsProcessor):
 def test_what_the_engine_does_not_do_is_refused(model, options, message):
     with pytest.raises(SpringtideError, match=message):
         model.generate(**prompts(6), **{"max_new_tokens": 4, "do_sample": False, **options}, **OURS)
+
+
+@pytest.mark.parametrize("lengths", [(9,), (3, 20, 1)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.4},
+        {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2},
+    ],
+)
+def test_scores_and_logits_are_those_of_transformers(model, lengths, options):
+    """Given the same tokens: of a sample, those that were drawn here."""
+    inputs = prompts(*lengths)
+    ours = model.generate(
+        **inputs, **GREEDY | options, **OURS, return_dict_in_generate=True, output_scores=True, output_logits=True
+    )
+    width = inputs["input_ids"].shape[1]
+    assert len(ours.scores) == len(ours.logits) == ours.sequences.shape[1] - width == 16
+    drawn = options.get("do_sample", False)
+    for step in range(16) if drawn else (0, 7, 15):
+        mask = torch.cat([inputs["attention_mask"], torch.ones(len(lengths), step, dtype=torch.long)], dim=1)
+        theirs = model.generate(
+            ours.sequences[:, : width + step],
+            attention_mask=mask,
+            **{**GREEDY, **options, "max_new_tokens": 1},
+            return_dict_in_generate=True,
+            output_scores=True,
+            output_logits=True,
+        )
+        torch.testing.assert_close(ours.logits[step], theirs.logits[0], atol=1e-4, rtol=1e-4)
+        if "repetition_penalty" not in options or len(lengths) == 1:  # theirs counts the padding too
+            torch.testing.assert_close(ours.scores[step], theirs.scores[0], atol=1e-4, rtol=1e-4)
+        chosen = ours.sequences[:, width + step, None]
+        assert (ours.scores[step].gather(1, chosen) > -torch.inf).all()
+
+
+def test_scores_end_where_a_sequence_does(model):
+    inputs = prompts(9, 9)
+    end = some_output_token(model, prompts(9), at=4)
+    ours = model.generate(
+        **inputs, **GREEDY, **OURS, eos_token_id=end, pad_token_id=PAD, return_dict_in_generate=True, output_scores=True
+    )
+    assert ours.logits is None
+    assert len(ours.scores) == ours.sequences.shape[1] - inputs["input_ids"].shape[1]
+    plain = model.generate(**inputs, **GREEDY, **OURS, return_dict_in_generate=True)
+    assert plain.scores is None and plain.logits is None
 
 
 def test_embeddings_are_refused(model):

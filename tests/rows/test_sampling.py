@@ -210,8 +210,8 @@ options_of_a_place = st.fixed_dictionaries(
 def test_a_place_has_its_token_whatever_is_beside_it(data, all_options, seed):
     """Filters and penalties of its own, and tokens of its own before it, some of them on a path in a tree."""
     logits = torch.stack([random_logits(seed + i).float() for i in range(len(all_options))])
-    tokens = st.lists(st.integers(-1, 49), max_size=9)
-    places = [Place(Sampling(**options), Seen(data.draw(tokens)), data.draw(tokens)) for options in all_options]
+    seen, path = (st.lists(st.integers(least, 49), max_size=9) for least in (-1, 0))
+    places = [Place(Sampling(**options), Seen(data.draw(seen)), data.draw(path)) for options in all_options]
     together = module.sample(logits, places)
     assert together == [module.sample(row[None], [place])[0] for row, place in zip(logits, places, strict=True)]
     joined = [at(len(p.path) + p.seen.length, [*map(int, p.seen.ids(logits.device)), *p.path]) for p in places]

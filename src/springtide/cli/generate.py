@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,11 +16,13 @@ from springtide.cli.inputs import (
     Draft,
     Dtype,
     Json,
+    Logprobs,
     MaxTokens,
     MinP,
     Model,
     Penalty,
     PolicyText,
+    Samples,
     Seed,
     SpecialTokens,
     Stats,
@@ -31,7 +34,8 @@ from springtide.cli.inputs import (
     read_policy,
     read_prompt,
 )
-from springtide.cli.show import print_pieces, stats_line
+from springtide.cli.show import finish, print_pieces, stats_line
+from springtide.errors import SpringtideError
 
 
 def generate(
@@ -49,6 +53,8 @@ def generate(
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
+    n: Samples = None,
+    logprobs: Logprobs = None,
     stop: Stop = None,
     draft: Draft = None,
     accept: Accept = "exact",
@@ -62,8 +68,12 @@ def generate(
     from springtide.rows.sampling import Sampling
 
     check_target(json_file)
+    if logprobs is not None and json_file is None:
+        raise SpringtideError("--logprobs has no effect without --json; give a file to write them to.")
     sampling = Sampling(
-        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ()), accept=accept
+        *(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ())),
+        accept=accept,
+        logprobs=logprobs,
     )
     chosen = read_policy(policy, budget)
     text = read_prompt(prompt, prompt_file)
@@ -73,17 +83,26 @@ def generate(
     else:
         tokens = engine.encode(text, special_tokens=special_tokens)
     session = engine.session()
-    request = session.add(tokens, sampling=sampling)
+    samples = [replace(sampling, seed=seed + number) for number in range(n or 1)]
+    requests = [session.add(tokens, sampling=sample) for sample in samples]
     interrupted = False
     try:
-        print_pieces(session, request, coloured=stats)
+        if n is None:
+            print_pieces(session, requests[0], coloured=stats)
+        else:
+            finish(session, requests)
     except KeyboardInterrupt:
         interrupted = True
-    print(flush=True)
-    output = engine.output(request)
+    outputs = [engine.output(request) for request in requests]
+    if n is None:
+        print(flush=True)
+    else:
+        for sample, output in zip(samples, outputs, strict=True):
+            print(f"[seed {sample.seed}]\n{output.text}", flush=True)
     if stats:
-        print(stats_line(output.stats), file=sys.stderr)
+        for output in outputs:
+            print(stats_line(output.stats), file=sys.stderr)
     if json_file:
-        write_json(json_file, output.as_json())
+        write_json(json_file, outputs[0].as_json() if n is None else [output.as_json() for output in outputs])
     if interrupted:
         raise typer.Exit(130)

@@ -44,6 +44,11 @@ TopK = Annotated[int, typer.Option(help="Sample among this many tokens (0: all).
 MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the most probable one.")]
 Penalty = Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
+Samples = Annotated[int | None, typer.Option("--n", min=1, help="Samples to draw, with --seed and the seeds after it.")]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(min=0, help="To --json: log-probabilities of the tokens, and of this many most probable ones beside."),
+]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")]
 SpecialTokens = Annotated[
     bool,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +38,13 @@ def print_pieces(session: Session, request: Request, coloured: bool = False) -> 
                 painter.paint()
             else:
                 print(event.text, end="", flush=True)
+
+
+def finish(session: Session, requests: Sequence[Request]) -> None:
+    """Run a session to the end of its requests, with a progress bar of how many have ended."""
+    with _bar(len(requests), "generating") as bar:
+        for event in session.run():
+            bar.update(event.finish_reason is not None)
 
 
 class _Painter:

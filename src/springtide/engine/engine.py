@@ -31,7 +31,7 @@ from springtide.model.cost import cost_of_rows
 from springtide.model.stack import Stack
 from springtide.options import Size, at_least, read
 from springtide.rows.cache import Cache
-from springtide.rows.sampling import Sampling
+from springtide.rows.sampling import Logprob, Sampling
 from springtide.rows.segment import NO_TOKEN, PromptEmbeds
 from springtide.rows.spec import ModelSpec
 
@@ -40,17 +40,27 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Output:
-    """What came of one prompt. ``token_ids`` end with the end-of-sequence token if it ended the output."""
+    """What came of one prompt. ``token_ids`` end with the end-of-sequence token if it ended the output.
+
+    ``logprobs`` has an entry for each token, if they were asked for (see :class:`springtide.Sampling`).
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
     stats: Stats
+    logprobs: list[Logprob] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The documented fields of ``generate --json``."""
         stats = dataclasses.asdict(self.stats)
-        return {"text": self.text, "token_ids": self.token_ids, "finish_reason": self.finish_reason, **stats}
+        own = {"text": self.text, "token_ids": self.token_ids, "finish_reason": self.finish_reason, **stats}
+        return own | {"logprobs": None if self.logprobs is None else [_as_json(each) for each in self.logprobs]}
+
+
+def _as_json(found: Logprob) -> dict[str, Any]:
+    top = [{"token_id": token, "logprob": logprob} for token, logprob in found.top.items()]
+    return {"token_id": found.token_id, "logprob": found.logprob, "top": top}
 
 
 class Engine:
@@ -135,24 +145,40 @@ class Engine:
         return find_drafter(draft, folder)
 
     @overload
-    def generate(self, prompts: str | Sequence[int], **options: Any) -> Output: ...
+    def generate(self, prompts: str | Sequence[int], *, n: None = None, **options: Any) -> Output: ...
     @overload
-    def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> list[Output]: ...
-    def generate(self, prompts: Any, **options: Any) -> Output | list[Output]:
+    def generate(self, prompts: str | Sequence[int], *, n: int, **options: Any) -> list[Output]: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], *, n: None = None, **options: Any
+    ) -> list[Output]: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], *, n: int, **options: Any
+    ) -> list[list[Output]]: ...
+    def generate(self, prompts: Any, *, n: int | None = None, **options: Any) -> Any:
         """Complete one prompt (text or token ids) or a list of them, which run as one batch; none for an empty list.
 
-        Options are those of :meth:`start` and :meth:`encode`; ``policy`` and ``draft`` may be lists, one each for the
-        prompts. Raises SpringtideError for an empty prompt, one beyond the context limit, or a bad option.
+        With ``n`` there is a list of n outputs for each prompt: samples with the seeds ``seed``, ``seed + 1`` and so
+        on. Options are those of :meth:`start` and :meth:`encode`; ``policy`` and ``draft`` may be lists, one each for
+        the prompts. Raises SpringtideError for an empty prompt, one beyond the context limit, or a bad option.
         """
+        if n is not None and n < 1:
+            raise SpringtideError(f"n is {n}, but it must be at least 1.")
         prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
         single = isinstance(prompts, str) or any(isinstance(p, int) for p in prompts)
         session = self.session()
-        each = _for_each(options, 1 if single else len(prompts))
-        requests = [session.add(p, **own) for p, own in zip([prompts] if single else prompts, each, strict=True)]
+        requests = [
+            [session.add(prompt, **sample) for sample in _samples(own, n)]
+            for prompt, own in zip(
+                [prompts] if single else prompts, _for_each(options, 1 if single else len(prompts)), strict=True
+            )
+        ]
         for _ in session.run():
             pass
-        outputs = [self.output(request) for request in requests]
-        return outputs[0] if single else outputs
+        outputs = [[self.output(request) for request in own] for own in requests]
+        found = outputs if n is not None else [output for own in outputs for output in own]
+        return found[0] if single else found
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """Complete one prompt, yielding pieces of text as they come."""
@@ -163,7 +189,8 @@ class Engine:
 
     def chat(self, messages: Sequence[dict[str, str]], *, special_tokens: bool = False, **options: Any) -> Output:
         """Answer ``messages`` (``{"role": ..., "content": ...}``) in the model's chat template, see :meth:`render`."""
-        return self.generate([self.render(messages, special_tokens=special_tokens)], **options)[0]
+        outputs: list[Output] = self.generate([self.render(messages, special_tokens=special_tokens)], **options)
+        return outputs[0]
 
     def encode(self, prompt: Prompt, *, special_tokens: bool = False) -> list[int]:
         """Token ids of a prompt; ids pass through.
@@ -310,7 +337,8 @@ class Engine:
 
     def output(self, request: Request) -> Output:
         """The result of a request; one that has not finished counts as cancelled."""
-        return Output(request.text, request.output, request.finish_reason or "cancelled", request.stats())
+        logprobs = None if request.sampling.logprobs is None else request.logprobs
+        return Output(request.text, request.output, request.finish_reason or "cancelled", request.stats(), logprobs)
 
     def score(self, tokens: Sequence[int], prefill: int, reuse: Request | None = None) -> Tensor:
         """Log-probability of each of ``tokens[prefill:]`` given those before it, fp32 ``[len(tokens) - prefill]``.
@@ -423,3 +451,11 @@ def _for_each(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
         for own, value in zip(each, values, strict=True):
             own[name] = value
     return each
+
+
+def _samples(options: dict[str, Any], n: int | None) -> list[dict[str, Any]]:
+    """The options of each of ``n`` samples of a prompt, which differ in their seeds; as they are without ``n``."""
+    if n is None:
+        return [options]
+    seed: int = options.get("seed", getattr(options.get("sampling"), "seed", 0))
+    return [{**options, "seed": seed + number} for number in range(n)]

@@ -14,7 +14,7 @@ from springtide.attention.policy import Policy, State
 from springtide.drafting.drafter import Drafter, View
 from springtide.engine.text import Detokenizer
 from springtide.rows.cache import Cache
-from springtide.rows.sampling import Sampling, Seen
+from springtide.rows.sampling import Logprob, Sampling, Seen, logprobs
 from springtide.rows.segment import Kind, PromptEmbeds, Segment
 from springtide.rows.spec import Rope
 
@@ -75,7 +75,8 @@ class Request:
     ``from_draft`` says of each token of the output whether it was drafted.
 
     With a ``watch`` nothing is generated: it is called with the logits ``[n, V]`` that predict the tokens from
-    ``prefill_end`` on, n at a time, and the request ends with its tokens. ``meter`` is called with every sparse read.
+    ``prefill_end`` on, n at a time, and the request ends with its tokens. ``meter`` is called with every sparse read,
+    ``record`` with the logits ``[n, V]`` by which tokens were chosen, before these are appended, and the n tokens.
     """
 
     tokens: list[int]
@@ -89,6 +90,7 @@ class Request:
     writer: Detokenizer | None = None
     watch: Callable[[Tensor], None] | None = None
     meter: Callable[..., None] | None = None
+    record: Callable[[Tensor, list[int]], None] | None = None
     state: State = field(init=False)
     draft: Any = field(init=False)
     seen: Seen = field(init=False)
@@ -104,6 +106,7 @@ class Request:
     accepted: int = 0
     passes: int = 0
     from_draft: list[bool] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
     measured_gain: float | None = None
 
     def __post_init__(self) -> None:
@@ -170,6 +173,13 @@ class Request:
         self.cache.crop(0)
         self.state = self.policy.new_state()
 
+    def choose(self, logits: Tensor, tokens: list[int]) -> None:
+        """Take note of the logits ``[n, V]`` by which the tokens of the next gain were chosen."""
+        if self.sampling.logprobs is not None:
+            self.logprobs += logprobs(logits, tokens, self.sampling.logprobs)
+        if self.record is not None:
+            self.record(logits, tokens)
+
     def gain(self, decision: Decision, bytes_read: int, drafted: int, now: float) -> None:
         """Append what a pass gave that read ``bytes_read`` of the cache and tried ``drafted`` tokens."""
         if not decision.tokens:
@@ -192,6 +202,7 @@ class Request:
         """An independent request that goes on from the same tokens."""
         twin = copy(self)
         twin.tokens, twin.from_draft = list(self.tokens), list(self.from_draft)
+        twin.logprobs = list(self.logprobs)
         twin.cache, twin.state, twin.draft = self.cache.fork(), self.state.fork(), copy(self.draft)
         twin.seen = Seen(twin.tokens)
         twin.writer = copy(self.writer)

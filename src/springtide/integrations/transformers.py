@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from springtide.engine.engine import Engine
 from springtide.engine.request import Request
 from springtide.errors import SpringtideError
 from springtide.loading import calibration_of, drafting, under
-from springtide.rows.sampling import Sampling
+from springtide.rows.sampling import Place, Sampling, processed
 
 # What the engine does to logits itself, in its order: transformers' name, its attribute, and the engine's option.
 PROCESSORS = {
@@ -29,7 +30,7 @@ PROCESSORS = {
     "MinPLogitsWarper": ("min_p", "min_p"),
 }
 MODES = ("greedy_search", "sample", "assisted_generation")  # an assistant does not change the output
-EXTRAS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+EXTRAS = ("output_attentions", "output_hidden_states")
 
 
 def hf_generate(
@@ -54,8 +55,9 @@ def hf_generate(
     global seed. The layers of ``springtide.json`` are used when the model was loaded from a folder that has it.
     ``draft`` is what :func:`springtide.load` takes, less what changes the model: the output is as without it.
 
-    Returns what ``generate`` returns: ids ``[batch, length]``, padded on the right. Raises SpringtideError for
-    anything that the engine does not do, such as beam search.
+    Returns what ``generate`` returns: ids ``[batch, length]``, padded on the right; with ``return_dict_in_generate``
+    also ``output_scores`` and ``output_logits``, which are 0 where a sequence has ended before others. Raises
+    SpringtideError for anything that the engine does not do, such as beam search.
     """
     if generation_config is None:
         raise SpringtideError(
@@ -76,10 +78,36 @@ def hf_generate(
             engine = drafting(engine, draft)
         engine.eos = _eos(generation_config)
         mask = model_kwargs.get("attention_mask")
-        rows = _run(engine, input_ids, mask, sampling, criteria, streamer, _padding(generation_config))
+        whole = generation_config.return_dict_in_generate
+        wanted = [name for name in ("scores", "logits") if whole and getattr(generation_config, f"output_{name}")]
+        found = _run(engine, input_ids, mask, sampling, criteria, streamer, _padding(generation_config), wanted)
     finally:
         model.train(training)
-    return GenerateDecoderOnlyOutput(sequences=rows) if generation_config.return_dict_in_generate else rows
+    return found if whole else found.sequences
+
+
+@dataclass
+class Record:
+    """What a request's tokens were chosen by, ``[V]`` each: the model's ``logits``, and ``scores``, made of them."""
+
+    request: Request
+    logits: list[Tensor] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+
+    def add(self, logits: Tensor, tokens: list[int]) -> None:
+        """Take in the logits of the tokens that are about to be appended."""
+        places = [Place(self.request.sampling, self.request.seen, tokens[:number]) for number in range(len(tokens))]
+        self.logits += logits.float().unbind()
+        self.scores += processed(logits, places).float().unbind()
+
+
+def _by_step(rows: list[list[Tensor]], done: list[int]) -> tuple[Tensor, ...]:
+    """``[batch, V]`` for each step, of the first ``done`` of each row; 0 behind them."""
+    blank = torch.zeros_like(rows[0][0])
+    return tuple(
+        torch.stack([own[step] if step < count else blank for own, count in zip(rows, done, strict=True)])
+        for step in range(max(done))
+    )
 
 
 def _run(
@@ -90,14 +118,19 @@ def _run(
     criteria: list[Any],
     streamer: Any,
     padding: int,
-) -> Tensor:
-    """Complete the prompts in one batch: ids ``[batch, length]``."""
+    wanted: Sequence[str],
+) -> GenerateDecoderOnlyOutput:
+    """Complete the prompts in one batch: ids ``[batch, length]``, and those of scores and logits that are wanted."""
     batch, width = input_ids.shape
     session = engine.session()
     numbers: dict[Request, int] = {}
+    records = []
     for row, ids in enumerate(input_ids):
         kept = ids if mask is None else ids[mask[row].bool()]
-        numbers[session.add(kept.tolist(), sampling=replace(sampling, seed=sampling.seed + row))] = row
+        request = session.add(kept.tolist(), sampling=replace(sampling, seed=sampling.seed + row))
+        numbers[request] = row
+        records.append(Record(request))
+        request.record = records[row].add if wanted else None
     room = min(sampling.max_tokens, engine.stack.spec.context_limit)
     rows = torch.cat([input_ids, input_ids.new_full((batch, room), padding)], dim=1)
     done = [0] * batch
@@ -115,7 +148,8 @@ def _run(
                 break
     if streamer is not None:
         streamer.end()
-    return rows[:, : width + max(done)]
+    kept = {name: _by_step([getattr(record, name) for record in records], done) for name in wanted}
+    return GenerateDecoderOnlyOutput(sequences=rows[:, : width + max(done)], **kept)
 
 
 def _sampling(config: GenerationConfig, processors: Any, width: int) -> Sampling:

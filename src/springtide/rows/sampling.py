@@ -33,6 +33,8 @@ class Sampling:
         ignore_eos: go on after the end-of-sequence token.
         accept: which tokens of a draft are kept. "exact" leaves the output as it is without a drafter; "typical" is
             lossy: it keeps what is probable enough, and needs a temperature (see :mod:`springtide.drafting.accept`).
+        logprobs: give every token's log-probability, and those of this many most probable ones; None gives none. They
+            are the model's own, before penalty, temperature and filters.
     """
 
     max_tokens: int = 256
@@ -45,6 +47,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     accept: Acceptance = "exact"
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -57,6 +60,7 @@ class Sampling:
             (0 <= self.min_p <= 1, "min_p must be between 0 and 1"),
             (self.repetition_penalty > 0, "repetition_penalty must be above 0"),
             (-(2**63) <= self.seed < 2**63, "seed must be a whole number of 64 bits"),
+            (self.logprobs is None or self.logprobs >= 0, "logprobs must be 0 or more"),
             (all(self.stop), "a stop string must not be empty"),
             (self.accept in get_args(Acceptance), f"accept must be one of {', '.join(get_args(Acceptance))}"),
             (
@@ -141,9 +145,37 @@ def sample(logits: Tensor, places: Sequence[Place]) -> list[int]:
 
 def distribution(logits: Tensor, places: Sequence[Place]) -> Tensor:
     """Log-probabilities ``[R, V]`` (fp64) that tokens are drawn from, -inf for the others; temperatures are above 0."""
-    logits = _penalised(logits, places)
-    heated = logits.double() / _column(places, "temperature", logits.device)
-    return heated.masked_fill(logits < _least(logits, places), -torch.inf).log_softmax(-1)
+    return processed(logits, places).log_softmax(-1)
+
+
+def processed(logits: Tensor, places: Sequence[Place]) -> Tensor:
+    """Logits ``[R, V]`` (fp64) after penalty, temperature (if it is above 0) and filters; -inf for what they drop."""
+    logits, temperature = _penalised(logits, places), _column(places, "temperature", logits.device)
+    heated = logits.double() / temperature.where(temperature > 0, 1)
+    return heated.masked_fill(logits < _least(logits, places), -torch.inf)
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """How probable the model found a token: its log-probability (nats), and by id those of the most probable tokens.
+
+    They are the model's own, before penalty, temperature and filters; ``top`` begins with the most probable one.
+    """
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+def logprobs(logits: Tensor, tokens: Sequence[int], most: int) -> list[Logprob]:
+    """Of each of n ``tokens``, chosen by ``logits [n, V]``, with the ``most`` probable ones beside it."""
+    log_probs = logits.log_softmax(-1)
+    own = log_probs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    best = log_probs.topk(min(most, logits.shape[-1]))
+    return [
+        Logprob(token, logprob, dict(zip(ids, values, strict=True)))
+        for token, logprob, ids, values in zip(tokens, own, best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
 
 
 def _draw(logits: Tensor, places: Sequence[Place]) -> Tensor:
