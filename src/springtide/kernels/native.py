@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from springtide.kernels.visible import Visible
 
 if TYPE_CHECKING:
     from springtide.kernels._cpu import Layer, Level
-    from springtide.kernels.kv import KV
 
 try:
     import springtide.kernels._cpu as _cpu
@@ -76,6 +75,15 @@ def reads(tables: Sequence[Sequence[int]], seen: Sequence[Visible]) -> _cpu.Read
 
 def _request(table: Sequence[int], seen: Visible) -> _cpu.Request:
     return _cpu.Request(table, seen.prefix, seen.length, seen.positions, seen.low, _contiguous(seen.tail))
+
+
+class KV(Protocol):
+    """:class:`springtide.kernels.kv.KV`, which is built on this module."""
+
+    @property
+    def pages(self) -> Any: ...
+    @property
+    def reads(self) -> Any: ...
 
 
 def write(kv: KV, keys: Tensor, values: Tensor) -> None:
