@@ -36,7 +36,8 @@ def prefilled(engine, tokens):
     """Keys and values of ``tokens`` as a dense prompt, one pair a layer."""
     segment = Segment.chain(engine.stack.new_cache(), 0, tokens, "prompt", Policy())
     engine.stack.forward([segment])
-    return [segment.cache.read(layer, 0, len(tokens)) for layer in range(engine.stack.spec.num_layers)]
+    rows = [segment.cache.read(layer, 0, len(tokens)) for layer in range(engine.stack.spec.num_layers)]
+    return [(keys.clone(), values.clone()) for keys, values in rows]  # the cache's own go with it
 
 
 def check_cache(engine, sequence):

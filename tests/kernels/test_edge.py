@@ -170,6 +170,7 @@ def test_what_is_wrong_is_refused_in_a_sentence(level, case):
         ({"table": [0]}, ValueError, "the table must have a page for every slot"),
         ({"length": 513}, ValueError, "the table must have a page for every slot"),
         ({"length": 0}, ValueError, "length must be positive"),
+        ({"length": 2**63 - 1}, ValueError, "the table must have a page for every slot"),
         ({"prefix": LENGTH + 1}, ValueError, "prefix must be between"),
         ({"prefix": -1}, ValueError, "prefix must be between"),
         ({"prefix": LENGTH, "tail": None}, ValueError, "prefix and rows are more than the slots"),
@@ -214,6 +215,12 @@ def test_rows_that_do_not_fit_the_pages_are_not_written():
     ):
         with pytest.raises(ValueError, match=sentence):
             write(pages, own, keys, rows)
+
+
+def test_no_request_is_no_reads():
+    for given in ([], [None]):
+        with pytest.raises((TypeError, ValueError)):
+            native._cpu.Reads(given)
 
 
 def test_what_is_right_is_taken(level):

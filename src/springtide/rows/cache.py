@@ -62,7 +62,10 @@ class Cache:
         self.pages(layer).write(self.table, start, keys, values)
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[H_kv, stop - start, D]`` of those slots, as far as there are pages; not to be written."""
+        """Keys and values ``[H_kv, stop - start, D]`` of those slots, as far as there are pages.
+
+        They may be views: not to be written, and right only as long as the cache holds them.
+        """
         return self.pages(layer).read(self.table, start, min(stop, len(self.table) * PAGE))
 
     @torch.inference_mode()

@@ -123,7 +123,7 @@ struct Request : Reads::Request {
   Request(std::vector<Size> pages, Size prefix_, Size length_, nb::handle positions_, nb::handle low_,
           nb::handle tail_) {
     table = std::move(pages), prefix = prefix_, length = length_;
-    require(length > 0 && (length + kPage - 1) / kPage <= static_cast<Size>(table.size()),
+    require(0 < length && length <= static_cast<Size>(table.size()) * kPage,
             "length must be positive, and the table must have a page for every slot.");
     for (Size page : table) require(page >= 0, "page numbers must not be negative.");
     require(0 <= prefix && prefix <= length, "prefix must be between 0 and the number of slots.");
@@ -147,7 +147,10 @@ struct Request : Reads::Request {
 std::vector<Reads::Request> requests(const std::vector<const Request*>& given) {
   require(!given.empty(), "there are no requests.");
   std::vector<Reads::Request> copies;
-  for (const Request* request : given) copies.push_back(*request);
+  for (const Request* request : given) {
+    require(request, "a request is None.");
+    copies.push_back(*request);
+  }
   return copies;
 }
 
@@ -180,9 +183,9 @@ void attend(const Level& level, nb::handle q, const Layout& pages, const Reads& 
   if (!reads.rows.empty()) unlocked([&] { level.attend[pages.type == Type::bfloat16](a); });
 }
 
-void gather(const Level& level, nb::handle q, const Layout& pages, const Reads& reads, nb::handle index, nb::handle mask,
-            nb::handle mean_k, nb::handle mean_v, float weight, nb::handle out, nb::handle lse, float scale,
-            float softcap, int threads) {
+void gather(const Level& level, nb::handle q, const Layout& pages, const Reads& reads, nb::handle index,
+            nb::handle mask, nb::handle mean_k, nb::handle mean_v, float weight, nb::handle out, nb::handle lse,
+            float scale, float softcap, int threads) {
   const Size rows = reads.rows.size();
   const Tensor chosen("index", index);
   const Maybe shown("mask", mask), more_k("mean_k", mean_k), more_v("mean_v", mean_v);
