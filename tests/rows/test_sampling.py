@@ -175,6 +175,7 @@ def test_draws_have_the_distribution(options):
         {"stop": ["end", ""]},
         {"temprature": 1.0},
         {"seed": 2**63},
+        {"seed": 1.5},
         {"seed": -(2**63) - 1},
     ],
     ids=str,
@@ -238,6 +239,13 @@ def test_top_p_of_a_flat_distribution_looks_beyond_the_few(monkeypatch):
     assert expected.isfinite().sum() > 400
     with_k = by_transformers(logits, TopKLogitsWarper(300), TopPLogitsWarper(0.9))
     assert_same(filtered(logits, top_p=0.9, top_k=300), with_k)
+
+
+def test_what_greedy_decoding_sees_is_filtered_as_if_undivided():
+    logits = random_logits(2)
+    options = {"top_k": 20, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.3, "history": [1, 2, 3]}
+    greedy, one = (module.processed(logits[None], [at(**options, temperature=t)]) for t in (0.0, 1.0))
+    assert torch.equal(greedy, one) and 0 < greedy.isinf().sum() < 50
 
 
 def test_equally_probable_tokens_stay_together():

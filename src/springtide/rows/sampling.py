@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -59,7 +60,10 @@ class Sampling:
             (self.top_k >= 0, "top_k must be 0 (off) or more"),
             (0 <= self.min_p <= 1, "min_p must be between 0 and 1"),
             (self.repetition_penalty > 0, "repetition_penalty must be above 0"),
-            (-(2**63) <= self.seed < 2**63, "seed must be a whole number of 64 bits"),
+            (
+                isinstance(self.seed, Integral) and -(2**63) <= self.seed < 2**63,
+                "seed must be a whole number of 64 bits",
+            ),
             (self.logprobs is None or self.logprobs >= 0, "logprobs must be 0 or more"),
             (all(self.stop), "a stop string must not be empty"),
             (self.accept in get_args(Acceptance), f"accept must be one of {', '.join(get_args(Acceptance))}"),
@@ -150,8 +154,8 @@ def distribution(logits: Tensor, places: Sequence[Place]) -> Tensor:
 
 def processed(logits: Tensor, places: Sequence[Place]) -> Tensor:
     """Logits ``[R, V]`` (fp64) after penalty, temperature (if it is above 0) and filters; -inf for what they drop."""
-    logits, temperature = _penalised(logits, places), _column(places, "temperature", logits.device)
-    heated = logits.double() / temperature.where(temperature > 0, 1)
+    logits = _penalised(logits, places)
+    heated = logits.double() / _temperatures(places, logits.device)
     return heated.masked_fill(logits < _least(logits, places), -torch.inf)
 
 
@@ -180,7 +184,7 @@ def logprobs(logits: Tensor, tokens: Sequence[int], most: int) -> list[Logprob]:
 
 def _draw(logits: Tensor, places: Sequence[Place]) -> Tensor:
     rows, tokens = (logits >= _least(logits, places)).nonzero(as_tuple=True)
-    temperature = _column(places, "temperature", logits.device)[rows, 0]
+    temperature = _temperatures(places, logits.device)[rows, 0]
     noise = gumbel(noise_keys(places, logits.device)[rows], tokens)
     noisy = torch.full(logits.shape, -torch.inf, dtype=torch.float64, device=logits.device)
     noisy[rows, tokens] = logits[rows, tokens].double() / temperature + noise
@@ -191,6 +195,12 @@ def _column(places: Sequence[Place], name: str, device: torch.device) -> Tensor:
     """An option of every place: fp64 ``[R, 1]``."""
     values = [getattr(place.sampling, name) for place in places]
     return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+
+
+def _temperatures(places: Sequence[Place], device: torch.device) -> Tensor:
+    """What logits are divided by, ``[R, 1]``: 1 for greedy decoding."""
+    temperature = _column(places, "temperature", device)
+    return temperature.where(temperature > 0, 1)
 
 
 def _least(logits: Tensor, places: Sequence[Place]) -> Tensor:
@@ -209,14 +219,14 @@ def _least(logits: Tensor, places: Sequence[Place]) -> Tensor:
     if any(place.sampling.top_p < 1 for place in places):
         least = torch.maximum(least, _nucleus(logits, places, least, most if max(counts) < vocab else FEW))
     if any(place.sampling.min_p > 0 for place in places):
-        reach = _column(places, "temperature", device) * _column(places, "min_p", device).log()
+        reach = _temperatures(places, device) * _column(places, "min_p", device).log()
         least = torch.maximum(least, logits.amax(-1, keepdim=True).double() + reach)
     return least
 
 
 def _nucleus(logits: Tensor, places: Sequence[Place], least: Tensor, size: int) -> Tensor:
     """The least logit ``[R, 1]`` that top-p leaves of those from ``least`` on; ``size`` are looked at first."""
-    temperature, top_p = (_column(places, name, logits.device) for name in ("temperature", "top_p"))
+    temperature, top_p = _temperatures(places, logits.device), _column(places, "top_p", logits.device)
     heated = (logits.double() / temperature).masked_fill(logits < least, -torch.inf)
     total = heated.logsumexp(-1, keepdim=True)
     while True:  # almost always the most probable ones are enough, and to sort all is slow
