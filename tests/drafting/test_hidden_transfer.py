@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -182,7 +182,7 @@ def test_real_rows_are_as_without_pseudo_rows(name, policy, layers):
         other = prompt_segment(engine, PROMPT[:9])
         hidden = run(engine, segment, other)
         keys = [s.cache.read(layer, 0, s.prefix + len(s.tokens)) for s in (segment, other) for layer in range(4)]
-        found.append([*hidden, *(part for pair in keys for part in pair)])
+        found.append([*hidden, *(part.clone() for pair in keys for part in pair)])
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
@@ -225,7 +225,7 @@ def test_pseudo_rows_follow_one_another_and_read_the_context():
     """What map 2 makes depends on map 1's row, on the row it is made of, and on the whole context."""
     engine = drafting(drafter((1, 1)))
     before = pseudo_of(engine, PROMPT)
-    other = deepcopy(engine.drafter)
+    other = replace(engine.drafter, weight=engine.drafter.weight.clone())
     other.weight[0] *= 1.1
     assert not torch.equal(pseudo_of(engine.drafting(other), PROMPT)[1], before[1])
     assert not torch.equal(pseudo_of(engine, [PROMPT[0] - 1, *PROMPT[1:]]), before)
@@ -260,7 +260,7 @@ def test_the_tree_is_chosen_by_the_rows_it_costs():
         return 10.0 if rows <= 4 * 2.75 else 1000.0
 
     tuned = drafter(accuracy=accuracy).tuned(cost)
-    assert sorted(set(asked))[:4] == [3, 6, 9, 11]
+    assert sorted({*asked} - {1})[:4] == [3, 6, 9, 11]
     assert tuned.shape == grow(accuracy, 4)
 
 

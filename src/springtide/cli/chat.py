@@ -81,7 +81,8 @@ def chat(
         try:
             print_pieces(session, request, coloured=stats)
         except KeyboardInterrupt:
-            session.cancel(request)
+            if request in session.unfinished:
+                session.cancel(request)
             print(" [stopped]", end="")
         print(flush=True)
         if stats:

@@ -35,7 +35,7 @@ class Guesser(Drafter):
 
     @property
     def most_rows(self) -> int:
-        return len(self.favoured.parents)
+        return len(self.shape.parents) if self.shape is not None else NODES
 
     def rows(self, nodes: int) -> int:
         """Rows that cost as much as a pass over a tree of ``nodes`` nodes."""
