@@ -13,7 +13,8 @@ demo: $(READY)
 test: lint
 	$(BIN)/pytest
 
-# A second environment that sees the packages of the first, but has its own build of the kernels.
+# A second environment that sees the packages of the first, but has its own build of the kernels. AddressSanitizer must
+# find the exceptions' library when it starts.
 ASAN = build/sanitized
 sanitize: $(READY)
 	$(PYTHON) -m venv $(ASAN)
@@ -21,7 +22,7 @@ sanitize: $(READY)
 		$$($(ASAN)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth
 	$(ASAN)/bin/pip install --quiet --no-deps --config-settings=build-dir=build/asan \
 		--config-settings=cmake.define.SPRINGTIDE_SANITIZE=ON .
-	LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(ASAN)/bin/python -m pytest tests/kernels
 
 lint: $(READY)

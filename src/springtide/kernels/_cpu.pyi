@@ -58,7 +58,7 @@ def write(pages: Pages, reads: Reads, keys: Tensor, values: Tensor) -> None:
 
 @final
 class Layer:
-    """What surrounds a layer's attention; the caller keeps the tensors, which are contiguous."""
+    """What surrounds a layer's attention; the tensors are contiguous and stay alive with this."""
 
     def __init__(
         self,

@@ -187,7 +187,7 @@ def layer(
     rotary: int,
     epsilon: float,
 ) -> Layer:
-    """What surrounds a layer's attention; the caller keeps the tensors.
+    """What surrounds a layer's attention.
 
     Args:
         norms: weights of the norms before attention and MLP ``[hidden]`` and of queries and keys ``[head_dim]`` (or

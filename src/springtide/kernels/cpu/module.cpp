@@ -271,9 +271,10 @@ void linear(const Level& level, nb::handle weight, nb::handle bias, nb::handle x
     unlocked([&] { level.linear[input.half()](m, input.data(), result.data(), input.size(0), threads); });
 }
 
-// What surrounds a layer's attention, and the type of its weights. The caller keeps the tensors.
+// What surrounds a layer's attention, and the type of its weights, which are kept alive.
 struct Layer : Block {
   Type type;
+  std::vector<nb::object> kept;
 
   Layer(nb::handle input_norm, nb::handle output_norm, nb::handle q_norm, nb::handle k_norm,
         const std::vector<std::pair<nb::object, nb::object>>& projections, Size head_dim, Size turned, float e) {
@@ -281,7 +282,10 @@ struct Layer : Block {
     const char* names[] = {"q", "k", "v", "o", "gate", "up", "down"};
     Matrix* matrices[] = {&q, &k, &v, &o, &gate, &up, &down};
     type = Tensor("q", projections[0].first).type();
+    for (nb::handle own : {input_norm, output_norm, q_norm, k_norm}) kept.push_back(nb::borrow(own));
     for (int i = 0; i < 7; i++) {
+      kept.push_back(projections[i].first);
+      kept.push_back(projections[i].second);
       *matrices[i] = matrix(names[i], projections[i].first, projections[i].second);
       Tensor(names[i], projections[i].first).of(type);
     }
