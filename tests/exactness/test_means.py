@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from guesses import Guesses
 from springtide.attention import parse_policy
-from springtide.attention import policy as policies
 from springtide.attention.policy import STEP, Layer, Policy, dense, read
 from springtide.attention.tidal import Tidal
 from springtide.drafting.lookup import Lookup
@@ -21,6 +20,7 @@ from springtide.engine import loop
 from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
 from springtide.errors import SpringtideError
+from springtide.model import stack
 from springtide.options import Share, amount
 from springtide.rows.cache import Cache
 from springtide.rows.pool import Pool
@@ -109,7 +109,7 @@ class Read:
 @pytest.fixture
 def reads(monkeypatch):
     """Every sparse read, each of which is checked against the cache as it then is."""
-    met, gathered = [], policies.gathered
+    met, gathered = [], stack.gathered
 
     def watched(layer, q, segment, slots):
         means, selected = slots.means, slots.index.shape[2]
@@ -122,7 +122,7 @@ def reads(monkeypatch):
                 torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
         return gathered(layer, q, segment, slots)
 
-    monkeypatch.setattr(policies, "gathered", watched)
+    monkeypatch.setattr(stack, "gathered", watched)
     return met
 
 
