@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
 import springtide
-from folders import PROMPT, save_model
+from folders import PROMPT, save_drafter, save_model
 from hub import serving
 from springtide import SpringtideError
 from springtide.loading import calibration_folder
@@ -200,3 +200,26 @@ def test_a_folder_has_no_revisions(folder):
     refused(folder, "is no model of the hub, so it has no revision 'main'; leave it out", revision="main")
     model = AutoModelForCausalLM.from_pretrained(folder)
     refused(model, "A revision is for a model of the hub, not for a loaded one", revision="main")
+
+
+# -- on the command line --------------------------------------------------------------------------------------------
+
+
+def test_verbs_take_names_and_revisions(online, folder, other, run):
+    online.add(NAME, folder)
+    online.add(NAME, other, "smaller")
+    for revision, own in (([], folder), (["--revision", "smaller"], other)):
+        base = ["--max-tokens", 6, "--device", "cpu"]
+        result = run("generate", PROMPT, "--model", NAME, *revision, *base)
+        assert (result.code, result.err) == (0, "")
+        assert result.out == run("generate", PROMPT, "--model", own, *base).out
+    run("generate", PROMPT, "--model", NAME, "--revision", "none").refused("has no revision 'none'")
+    run("generate", PROMPT, "--revision", "main").refused("'pocket' is no model of the hub, so it has no revision")
+    run("bench", "decode", "--shape", "llama-1b", "--revision", "main").refused("Give either --revision or --shape")
+
+
+def test_drafters_of_a_model_of_the_hub(online, folder, run, tmp_path):
+    online.add(NAME, folder)
+    drafter = save_drafter(tmp_path / "drafter", folder)
+    command = ["eval", "drafts", "--model", NAME, "--draft", drafter, "--length", 32, "--max-tokens", 4]
+    assert run(*command, "--prompts", 1).code == 0

@@ -16,6 +16,7 @@ from springtide.cli.inputs import (
     Json,
     Plot,
     Policies,
+    Revision,
     load_engine,
     read_numbers,
     read_policies,
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from springtide.benchmarks.peers import Peer
     from springtide.engine.engine import Engine
 
-BenchModel = Annotated[str | None, typer.Option("--model", help="Model folder, or 'pocket' (which is the default).")]
+BenchModel = Annotated[
+    str | None, typer.Option("--model", help="As for generate: a folder, file or name (default: 'pocket').")
+]
 Shape = Annotated[
     str | None, typer.Option(help="Random weights instead of a model: llama-1b, llama-3b, llama-8b or qwen3-4b.")
 ]
@@ -47,6 +50,7 @@ PeerCache = Annotated[
 
 def decode(
     model: BenchModel = None,
+    revision: Revision = None,
     shape: Shape = None,
     context: Contexts = "1024,8192",
     policy: Policies = "dense,tidal",
@@ -69,10 +73,10 @@ def decode(
     check_target(json_file, plot)
     contexts, wanted, names = read_numbers(context, "--context"), read_policies(policy, budget), _peer_names(against)
     length = max(contexts) + steps + 1  # the first token after the prompt is not timed
-    engine = _engine(model, shape, length, threads, device, dtype)
+    engine = _engine(model, revision, shape, length, threads, device, dtype)
     check_context(engine, contexts, steps + 1)
     policies = resolved(engine, wanted)
-    peers = _peers(names, engine, model, shape, length, cache)
+    peers = _peers(names, engine, shape, length, cache)
     total = benchmark.steps_of(len(contexts), len(policies) + len(peers), steps)
     found = result_of(benchmark.decode(engine, policies, peers, contexts, steps, fill), total, "decoding")
     rows = [asdict(row) for row in found]
@@ -93,6 +97,7 @@ def decode(
 
 def prefill(
     model: BenchModel = None,
+    revision: Revision = None,
     shape: Shape = None,
     context: Contexts = "1024,8192",
     policy: Policies = "dense",
@@ -114,10 +119,10 @@ def prefill(
     check_target(json_file, plot)
     contexts, wanted, names = read_numbers(context, "--context"), read_policies(policy, budget), _peer_names(against)
     length = max(contexts) + 1
-    engine = _engine(model, shape, length, threads, device, dtype)
+    engine = _engine(model, revision, shape, length, threads, device, dtype)
     check_context(engine, contexts, 1)
     policies = resolved(engine, wanted)
-    peers = _peers(names, engine, model, shape, length, cache)
+    peers = _peers(names, engine, shape, length, cache)
     total = benchmark.steps_of(len(contexts), len(policies) + len(peers), repeats)
     found = result_of(benchmark.prefill(engine, policies, peers, contexts, repeats), total, "reading")
     rows = [asdict(row) for row in found]
@@ -132,6 +137,7 @@ def prefill(
 
 def rows(
     model: BenchModel = None,
+    revision: Revision = None,
     shape: Shape = None,
     rows: Annotated[
         str, typer.Option(help="Comma list of rows in a pass; one row is always timed.")
@@ -154,7 +160,7 @@ def rows(
 
     check_target(json_file, plot)
     counts, wanted = read_numbers(rows, "--rows"), read_policies(policy, budget)
-    engine = _engine(model, shape, context + max(counts), threads, device, dtype)
+    engine = _engine(model, revision, shape, context + max(counts), threads, device, dtype)
     check_context(engine, [context], max(counts))
     policies = resolved(engine, wanted)
     total = benchmark.steps_of(len(policies), counts, passes)
@@ -203,11 +209,18 @@ def kernels(
 
 
 def _engine(
-    model: str | None, shape: str | None, length: int, threads: int | None, device: str | None, dtype: str | None
+    model: str | None,
+    revision: str | None,
+    shape: str | None,
+    length: int,
+    threads: int | None,
+    device: str | None,
+    dtype: str | None,
 ) -> Engine:
     """A model's engine, or one of a shape whose context holds ``length`` tokens, with ``threads`` set for torch."""
-    if model is not None and shape is not None:
-        raise SpringtideError("Give either --model or --shape, not both.")
+    for option, given in (("--model", model), ("--revision", revision)):
+        if given is not None and shape is not None:
+            raise SpringtideError(f"Give either {option} or --shape, not both.")
     import torch
     from transformers.utils import logging
 
@@ -219,7 +232,7 @@ def _engine(
     if threads is not None:
         torch.set_num_threads(threads)
     if shape is None:
-        return load_engine(model or "pocket", device, dtype)
+        return load_engine(model or "pocket", device, dtype, revision)
     logging.set_verbosity_error()
     kind = as_dtype(dtype or "bfloat16")
     assert isinstance(kind, torch.dtype)
@@ -234,18 +247,16 @@ def _peer_names(text: str | None) -> list[str]:
     return names
 
 
-def _peers(
-    names: Sequence[str], engine: Engine, model: str | None, shape: str | None, length: int, folder: Path | None
-) -> list[Peer]:
+def _peers(names: Sequence[str], engine: Engine, shape: str | None, length: int, folder: Path | None) -> list[Peer]:
     import torch
 
     from springtide.benchmarks.contenders import dtype_name
     from springtide.benchmarks.peers import Target, prepare, weights_name
-    from springtide.model.source import find_model
+    from springtide.model.source import Source
 
     loaded = engine.stack.model
     dtype = dtype_name(loaded)
-    name = f"{shape}-{dtype}" if shape is not None else weights_name(find_model(model or "pocket"), dtype)
+    name = f"{shape}-{dtype}" if shape is not None else weights_name(Source(Path(loaded.name_or_path)), dtype)
     where = {} if folder is None else {"folder": folder}
     return prepare(names, Target(loaded, name, length, torch.get_num_threads(), **where))
 

@@ -9,13 +9,25 @@ from typing import Annotated
 
 import typer
 
-from springtide.cli.inputs import Chat, Device, Dtype, Json, Model, Text, chats, load_engine, read_text
+from springtide.cli.inputs import (
+    Chat,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Revision,
+    Text,
+    chats,
+    load_engine,
+    read_text,
+)
 from springtide.cli.show import result_of, resumable
 from springtide.errors import SpringtideError
 
 
 def calibrate(
     model: Model = "pocket",
+    revision: Revision = None,
     dense_layers: Annotated[
         int | None, typer.Option(help="Layers, or as many KV heads, that stay dense (default: a third).")
     ] = None,
@@ -56,7 +68,7 @@ def calibrate(
     book, tidal = read_text(text), Tidal(budget=parse_budget(budget))
     if model == "pocket" and out is None:
         raise SpringtideError("The bundled model is calibrated already; give --model DIR, or --out DIR to write to.")
-    engine = load_engine(model, device, dtype, calibrated=False)
+    engine = load_engine(model, device, dtype, revision, calibrated=False)
     wish = calibration.Wish(tidal, length, dense_layers, target_kl, prompts, trials, chats(engine, chat), head_map)
     folder = out or calibration_folder(engine.stack.model)
     make_folder(folder)

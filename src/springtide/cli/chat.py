@@ -19,6 +19,7 @@ from springtide.cli.inputs import (
     Model,
     Penalty,
     PolicyText,
+    Revision,
     Seed,
     Stats,
     Stop,
@@ -35,6 +36,7 @@ from springtide.errors import SpringtideError
 
 def chat(
     model: Model = "pocket",
+    revision: Revision = None,
     system: Annotated[str | None, typer.Option(help="System message, or '@FILE' to read it from a file.")] = None,
     policy: PolicyText = "dense",
     budget: Budget = None,
@@ -62,7 +64,7 @@ def chat(
     if system and system.startswith("@"):
         system = read_file(Path(system[1:]))
     opening = [{"role": "system", "content": system}] if system else []
-    engine = load_engine(model, device, dtype, policy=chosen, draft=draft)
+    engine = load_engine(model, device, dtype, revision, policy=chosen, draft=draft)
     engine.render([*opening, {"role": "user", "content": "Hello"}])  # does the model chat at all?
     messages, session = list(opening), engine.session()
     while (line := _ask_user()) not in (None, "/exit"):

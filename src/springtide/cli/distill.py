@@ -14,6 +14,7 @@ from springtide.cli.inputs import (
     MaxTokens,
     Model,
     PolicyText,
+    Revision,
     Temperature,
     load_engine,
     read_policy,
@@ -25,6 +26,7 @@ def distill(
     data: Annotated[Path, typer.Option(help="Text file, folder of .txt files, or .jsonl file (text or messages).")],
     out: Annotated[Path, typer.Option(help="File for the lines, .jsonl; lines that are there are kept.")],
     model: Model = "pocket",
+    revision: Revision = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts to continue.")] = 512,
     length: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 128,
     facts: Annotated[float, typer.Option(help="Share of prompts that ask for facts hidden in them.")] = 0.0,
@@ -50,7 +52,7 @@ def distill(
     check_target(out)
     sampling, chosen = Sampling(max_tokens, temperature, seed=seed), read_policy(policy, budget)
     documents, _ = read_documents(data, hold_out or ())
-    source = Prompts(load_engine(model, device, dtype, policy=chosen), documents, length, facts, seed)
+    source = Prompts(load_engine(model, device, dtype, revision, policy=chosen), documents, length, facts, seed)
     with resumable(out):
         written = run(source, out, prompts, sampling, batch)
     print(f"'{out}' holds {written.texts} texts of {written.tokens} tokens, of which the model wrote {written.own}.")

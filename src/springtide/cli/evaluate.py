@@ -19,6 +19,7 @@ from springtide.cli.inputs import (
     Model,
     Plot,
     Policies,
+    Revision,
     Text,
     chats,
     load_engine,
@@ -37,6 +38,7 @@ from springtide.errors import SpringtideError
 
 def needle(
     model: Model = "pocket",
+    revision: Revision = None,
     length: Annotated[str, typer.Option(help="Comma list of context lengths, tokens.")] = "4096",
     trials: Annotated[
         int, typer.Option(min=1, help="Contexts of each length and task, each with 2 or 5 questions.")
@@ -64,7 +66,7 @@ def needle(
     check_target(json_file, plot)
     lengths, wanted, book = read_numbers(length, "--length"), read_policies(policy, budget), read_text(text)
     tasks = parse_tasks(task)
-    engine = load_engine(model, device, dtype)
+    engine = load_engine(model, device, dtype, revision)
     policies = resolved(engine, wanted)
     haystack = Haystack(engine.tokenizer, book, seed, distractors, chats(engine, chat))
     steps, total = run(engine, haystack, tasks, policies, lengths, trials), len(lengths) * len(tasks) * trials
@@ -88,6 +90,7 @@ def needle(
 
 def ppl(
     model: Model = "pocket",
+    revision: Revision = None,
     length: Annotated[int, typer.Option(help="Tokens in a window; its second half is scored.")] = 4096,
     windows: Annotated[int, typer.Option(min=1, help="Windows, spread over the text.")] = 4,
     policy: Policies = "dense,tidal",
@@ -106,7 +109,7 @@ def ppl(
     wanted, book = read_policies(policy, budget), read_text(text)
     if plot and "dense" not in [policy.name for policy in wanted]:
         raise SpringtideError("--plot shows the divergence from dense predictions; add dense to --policy.")
-    engine = load_engine(model, device, dtype)
+    engine = load_engine(model, device, dtype, revision)
     policies = resolved(engine, wanted)
     tokens = engine.encode(book)
     steps, total = perplexity(engine, tokens, policies, length, windows), windows * (length - length // 2)
@@ -123,6 +126,7 @@ def ppl(
 
 def recall(
     model: Model = "pocket",
+    revision: Revision = None,
     length: Annotated[int, typer.Option(help="Context length, tokens.")] = 4096,
     trials: Annotated[int, typer.Option(min=1, help="Contexts.")] = 4,
     policy: Policies = "tidal,quest,streaming,oracle",
@@ -140,7 +144,7 @@ def recall(
 
     check_target(json_file, plot)
     wanted, book = read_policies(policy, budget), read_text(text)
-    engine = load_engine(model, device, dtype)
+    engine = load_engine(model, device, dtype, revision)
     policies = resolved(engine, wanted)
     haystack = Haystack(engine.tokenizer, book)
     found = measured(run(engine, haystack, policies, length, trials), trials, "trials")
@@ -155,6 +159,7 @@ def recall(
 
 def drafts(
     model: Model = "pocket",
+    revision: Revision = None,
     draft: Annotated[str, typer.Option(help="Comma list of drafters, see generate --draft.")] = "lookup",
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text file, or a folder of .txt files (default: the bundled excerpt).")
@@ -188,10 +193,10 @@ def drafts(
         raise SpringtideError("--draft names no drafter; give at least one, such as lookup.")
     lengths, temperatures = read_numbers(length, "--length"), read_temperatures(temperature)
     wanted = read_policies(policy, budget)
-    texts, folder = read_texts(text), find_model(model).folder
+    texts, folder = read_texts(text), find_model(model, revision).folder
     own = [name for name in names if find_adapter(name, folder) is not None]  # these change the model
-    engine = load_engine(model, device, dtype)
-    changed = {name: load_engine(model, device, dtype, draft=name) for name in own}
+    engine = load_engine(model, device, dtype, revision)
+    changed = {name: load_engine(model, device, dtype, revision, draft=name) for name in own}
     contenders = evaluation.contenders(engine, changed, names, resolved(engine, wanted), adaptive)
     cutting = evaluation.passages(engine.tokenizer, texts, lengths, prompts, recall, seed)
     passages = result_of(cutting, len(texts), "texts")

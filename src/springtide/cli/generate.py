@@ -22,6 +22,7 @@ from springtide.cli.inputs import (
     Model,
     Penalty,
     PolicyText,
+    Revision,
     Samples,
     Seed,
     SpecialTokens,
@@ -41,6 +42,7 @@ from springtide.errors import SpringtideError
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' or nothing reads standard input.")] = None,
     model: Model = "pocket",
+    revision: Revision = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this UTF-8 file.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     special_tokens: SpecialTokens = False,
@@ -77,7 +79,7 @@ def generate(
     )
     chosen = read_policy(policy, budget)
     text = read_prompt(prompt, prompt_file)
-    engine = load_engine(model, device, dtype, policy=chosen, draft=draft)
+    engine = load_engine(model, device, dtype, revision, policy=chosen, draft=draft)
     if chat:
         tokens = engine.render([{"role": "user", "content": text}], special_tokens=special_tokens)
     else:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 LAST_SEED = 2**63 - 1
 
-Model = Annotated[str, typer.Option(help="Model folder, or 'pocket' for the bundled model.")]
+Model = Annotated[
+    str, typer.Option(help="Model folder, .gguf file, name on the Hugging Face hub, or 'pocket' for the bundled model.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 (default: the checkpoint's).")]
 PolicyText = Annotated[
@@ -93,13 +96,15 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def load_engine(model: str, device: str | None, dtype: str | None, **options: Any) -> Engine:
+def load_engine(
+    model: str, device: str | None, dtype: str | None, revision: str | None = None, **options: Any
+) -> Engine:
     from transformers.utils import logging
 
     from springtide.loading import load
 
     logging.set_verbosity_error()
-    return load(model, device=device, dtype=dtype, **options)
+    return load(model, device=device, dtype=dtype, revision=revision, **options)
 
 
 def read_policy(text: str, budget: str | None) -> Policy:

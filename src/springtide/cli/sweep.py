@@ -9,7 +9,16 @@ from typing import Annotated
 
 import typer
 
-from springtide.cli.inputs import Device, Dtype, Json, Model, Plot, load_engine, read_numbers
+from springtide.cli.inputs import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Plot,
+    Revision,
+    load_engine,
+    read_numbers,
+)
 from springtide.cli.show import result_of
 from springtide.errors import SpringtideError
 
@@ -18,6 +27,7 @@ def hidden_transfer(
     data: Annotated[Path, typer.Option(help="What to train on: as for train; best what the model wrote (distill).")],
     held: Annotated[Path | None, typer.Option(help="What to measure on (default: some of the data, held out).")] = None,
     model: Model = "pocket",
+    revision: Revision = None,
     layers: Annotated[str | None, typer.Option(help="Comma list of layers (default: eight at most, evenly).")] = None,
     steps_ahead: Annotated[int, typer.Option(min=1, max=8, help="Tokens to guess ahead.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Steps of optimization.")] = 150,
@@ -34,7 +44,7 @@ def hidden_transfer(
     from springtide.training.windows import training_windows
 
     check_target(json_file, plot)
-    engine = load_engine(model, device, dtype)
+    engine = load_engine(model, device, dtype, revision)
     spec = engine.stack.spec
     last = spec.num_layers - 1
     places = sorted(read_numbers(layers, "--layers") if layers else range(last, 0, -math.ceil(last / 8)))

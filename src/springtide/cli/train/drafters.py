@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from springtide.cli.inputs import LAST_SEED, Device, Dtype, Json, Model, load_engine
+from springtide.cli.inputs import (
+    LAST_SEED,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Revision,
+    load_engine,
+)
 from springtide.cli.show import resumable
 from springtide.errors import SpringtideError
 from springtide.files import EXCERPT
@@ -32,6 +40,7 @@ class Training:
 
     out: Annotated[Path, typer.Option(help="Folder for the drafter, its checkpoint, log and curves.")]
     model: Model = "pocket"
+    revision: Revision = None
     data: Annotated[
         str,
         typer.Option(
@@ -151,7 +160,8 @@ def _train(training: Training, build: Callable[[Stack], Objective], **own: Any) 
     if training.data != "self" and training.text is not None:
         raise SpringtideError("--text is what `--data self` begins with; give one of the two only.")
     accelerator = new_accelerator(as_device(training.device))
-    engine = load_engine(training.model, training.device or str(accelerator.device), training.dtype)
+    device = training.device or str(accelerator.device)
+    engine = load_engine(training.model, device, training.dtype, training.revision)
     make_folder(training.out)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with resumable(training.out):
