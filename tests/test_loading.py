@@ -363,7 +363,9 @@ def test_an_adapter_is_merged_into_the_loaded_weights(folder, adapted, dtype):
     with torch.no_grad():
         before = model(ids).logits
         expected = PeftModel.from_pretrained(model, str(adapted / "adapter"))(ids).logits
-        engine = springtide.load(folder, draft=adapted, dtype=dtype)
+        with pytest.warns(UserWarning, match="changes the model: its adapter is merged into the weights") as said:
+            engine = springtide.load(folder, draft=adapted, dtype=dtype)
+        assert len(said) == 1 and "\n" not in str(said[0].message)
         got = engine.stack.model(ids).logits
     assert type(engine.stack.model) is type(AutoModelForCausalLM.from_pretrained(folder))
     if dtype == "float32":

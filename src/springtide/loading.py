@@ -48,7 +48,7 @@ def load(
         calibrated: use the model's ``springtide.json`` if there is one, see :func:`calibration_folder`.
         draft: what proposes tokens to try: ``"lookup"``, ``"medusa"``, ``"medusa2"`` or ``"hidden-transfer"``, a
             drafter's folder, or a drafter. Its draft tree is chosen by what rows cost on this machine. A Medusa-2
-            drafter changes the model: its folder has an adapter, which is merged into the loaded weights.
+            drafter changes the model, and that is said: its folder has an adapter, which is merged into the weights.
         revision: of a model of the hub: a branch, a tag or a commit (default: its main branch).
 
     Raises:
@@ -78,6 +78,11 @@ def load(
     adapter = find_adapter(draft, source.folder)
     if adapter is not None:
         loaded = _merge(loaded, adapter)
+        warnings.warn(
+            f"the drafter '{draft}' changes the model: its adapter is merged into the weights, so that output is not "
+            "that of the model alone",
+            stacklevel=2,
+        )
     calibration = calibration_of(loaded) if calibrated else None
     engine = under(Engine(_move(loaded, place), tokenizer, calibration=calibration), policy)
     return engine if drafter is None else drafting(engine, drafter)

@@ -218,7 +218,7 @@ def test_eval_drafts(run, folder, drafter, book, tmp_path):
 DRAFTS = [
     *("draft", "policy", "budget", "temperature", "text", "prompts", "acceptance_length", "acceptance_by_position"),
     *("passes_per_token", "ms_per_token", "undrafted_ms_per_token", "speedup", "outputs_equal", "prompts_that_differ"),
-    *("perplexity", "base_perplexity", "complete"),
+    *("changes_model", "perplexity", "base_perplexity", "complete"),
 ]
 
 
@@ -228,8 +228,12 @@ def test_eval_drafts_of_one_that_changes_the_model(run, folder, book, tmp_path):
         *("eval", "drafts", "--model", folder, "--text", book, "--draft", f"lookup,{adapted}", "--prompts", 2),
         *("--length", 64, "--max-tokens", 6, "--json", tmp_path / "out.json"),
     )
-    assert (result.code, result.err) == (0, "")
+    assert result.code == 0 and result.err.count("\n") == 1
+    assert result.err.startswith(f"springtide: the drafter '{adapted}' changes the model")
+    assert "* changes the model: equal outputs are those of the model as changed, not of the one given." in result.out
+    assert "adapted*" in result.out and "lookup*" not in result.out
     same, changed = json.loads((tmp_path / "out.json").read_text())
+    assert (same["changes_model"], changed["changes_model"]) == (False, True)
     assert same["perplexity"] == same["base_perplexity"] == changed["base_perplexity"] != changed["perplexity"]
     assert same["outputs_equal"] == changed["outputs_equal"] == 1.0
     assert f"{changed['perplexity']:.2f} ({same['perplexity']:.2f})" in result.out

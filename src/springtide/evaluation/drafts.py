@@ -63,9 +63,9 @@ class Drafts:
     inverse. ``acceptance_by_position``: the share of passes in which the draft at depth 1, 2, ... was accepted.
     ``ms_per_token`` and ``undrafted_ms_per_token``: means over the decoded tokens; ``speedup``: the latter over the
     former. ``outputs_equal``: the share of prompts whose tokens are those decoded without a drafter, which all are but
-    ``prompts_that_differ``. ``perplexity``: the target's on the book, and ``base_perplexity`` that of the model before
-    a drafter changed it; both None where none of the drafters does.
-    Figures that no decoded token stands behind are None.
+    ``prompts_that_differ``; where the drafter ``changes_model``, both are decoded by the model as it changed it.
+    ``perplexity``: the target's on the book, and ``base_perplexity`` that of the model before a drafter changed it;
+    both None where none of the drafters does. Figures that no decoded token stands behind are None.
     """
 
     draft: str
@@ -82,6 +82,7 @@ class Drafts:
     speedup: float | None
     outputs_equal: float
     prompts_that_differ: int
+    changes_model: bool
     perplexity: float | None
     base_perplexity: float | None
 
@@ -313,6 +314,7 @@ def _result(
         speedup=undrafted / ms if undrafted and ms else None,
         outputs_equal=1 - own.differing / own.prompts,
         prompts_that_differ=own.differing,
+        changes_model=contender.plain.stack is not contender.base.stack,
         perplexity=quality.get(contender.plain),
         base_perplexity=quality.get(contender.base),
     )
@@ -323,7 +325,7 @@ def show(found: Sequence[Drafts]) -> None:
     print_table(
         [
             {
-                "draft": Path(row.draft).name,
+                "draft": Path(row.draft).name + ("*" if row.changes_model else ""),
                 **settings,
                 "acceptance\nlength": row.acceptance_length,
                 "ms a\ntoken": row.ms_per_token,
@@ -335,6 +337,8 @@ def show(found: Sequence[Drafts]) -> None:
             for row, settings in zip(found, _settings(found), strict=True)
         ]
     )
+    if any(row.changes_model for row in found):
+        print("* changes the model: equal outputs are those of the model as changed, not of the one given.")
 
 
 def _quality(row: Drafts) -> dict[str, str]:
