@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 from guesses import KINDS, Guesses
 from springtide.attention.policy import Policy
 from springtide.attention.tidal import Tidal
-from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
 from springtide.kernels import native
 from springtide.options import Share
 from springtide.rows.sampling import Sampling
-from springtide.rows.segment import PREFIX
 from stepping import check_cache, poison, steps
 from tiny import random_tokens, tiny
 
@@ -266,20 +264,3 @@ def test_a_drafted_batch_is_each_alone_without_a_drafter(policy, options):
             prompts, max_tokens=32, **options
         )
         assert [out.token_ids for out in batch] == alone
-
-
-# The tree
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(0, 30), max_size=12), st.integers(0, 6))
-def test_a_limited_tree_has_the_nodes_down_to_that_depth(picks, depth):
-    tree = TokenTree(list(range(len(picks) + 1)), [PREFIX, *(pick % (i + 1) for i, pick in enumerate(picks))])
-
-    def trail(of, node):
-        """Tokens from node 0 down: they tell the nodes of ``tree`` apart."""
-        return (of.tokens[node],) if of.parents[node] == PREFIX else (*trail(of, of.parents[node]), of.tokens[node])
-
-    limited = tree.limited(depth)
-    whole = [trail(tree, node) for node in range(len(tree.tokens))]
-    assert [trail(limited, node) for node in range(len(limited.tokens))] == [t for t in whole if len(t) <= depth + 1]
