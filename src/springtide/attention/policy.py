@@ -24,7 +24,7 @@ STEP = 64  # tokens of context by which a budget that is a share of it grows
 EVERY = slice(None)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Layer:
     """One layer's attention: its index, logit scale, soft cap and sliding window (tokens), the latter two if any."""
 

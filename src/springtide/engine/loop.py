@@ -163,7 +163,7 @@ class Loop:
         if accepted is not None:
             decision = decide(request, accepted, self.eos, self.stack.spec.context_limit)
             kept = [*range(before), *(before + node for node in decision.path)]
-            request.choose(logits[decision.path], decision.tokens)
+            request.choose(logits, decision)
             request.drafter.commit(segment, hidden, kept)
         request.cache.commit(segment.prefix, kept, exact=request.policy.exact(segment))
         request.policy.commit(segment, kept)

@@ -173,12 +173,12 @@ class Request:
         self.cache.crop(0)
         self.state = self.policy.new_state()
 
-    def choose(self, logits: Tensor, tokens: list[int]) -> None:
-        """Take note of the logits ``[n, V]`` by which the tokens of the next gain were chosen."""
+    def choose(self, logits: Tensor, decision: Decision) -> None:
+        """Take note of the logits ``[n, V]`` of the tree's nodes by which the tokens of ``decision`` were chosen."""
         if self.sampling.logprobs is not None:
-            self.logprobs += logprobs(logits, tokens, self.sampling.logprobs)
+            self.logprobs += logprobs(logits[decision.path], decision.tokens, self.sampling.logprobs)
         if self.record is not None:
-            self.record(logits, tokens)
+            self.record(logits[decision.path], decision.tokens)
 
     def gain(self, decision: Decision, bytes_read: int, drafted: int, now: float) -> None:
         """Append what a pass gave that read ``bytes_read`` of the cache and tried ``drafted`` tokens."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+MOST = 16  # tokens that are decoded again
 UNFINISHED = "\ufffd"  # what a decoder shows for a character whose bytes have not all come
 
 
@@ -20,8 +21,9 @@ class Detokenizer:
     text: str = ""
     stopped: bool = False
     _tokens: list[int] = field(default_factory=list)
-    _done: int = 0  # tokens whose text is in _seen
-    _context: int = 0  # tokens that are decoded again, so that spaces between words come out right
+    _context: int = 0  # where decoding begins: before what is new, so that spaces between words come out right
+    _shown: str = ""  # the text from there on, as far as it is in _seen
+    _done: int = 0  # tokens that it is of
     _seen: str = ""
 
     def __copy__(self) -> Detokenizer:
@@ -30,21 +32,25 @@ class Detokenizer:
     def add(self, tokens: list[int]) -> str:
         """Take new tokens; returns the text that has become final."""
         self._tokens += tokens
-        before = self._decode(self._context, self._done)
-        after = self._decode(self._context, len(self._tokens))
-        if len(after) > len(before) and not after.endswith(UNFINISHED):
-            self._seen += after[len(before) :]
-            self._context, self._done = self._done, len(self._tokens)
+        text = self._decode()
+        if len(text) > len(self._shown) and not text.endswith(UNFINISHED):
+            self._show(text)
+            if len(self._tokens) - self._context > MOST:
+                self._context = self._done
+                self._shown = self._decode()
+            self._done = len(self._tokens)
         return self._release(len(self._seen) - self._held())
 
     def finish(self) -> str:
         """No more tokens will come: returns the text held back."""
         if self.stopped:
             return ""
-        before = self._decode(self._context, self._done)
-        self._seen += self._decode(self._context, len(self._tokens))[len(before) :]
-        self._done = len(self._tokens)
+        self._show(self._decode())
         return self._release(len(self._seen))
+
+    def _show(self, text: str) -> None:
+        self._seen += text[len(self._shown) :]
+        self._shown = text
 
     def _release(self, end: int) -> str:
         found = [(self._seen.find(stop, len(self.text)), stop) for stop in self.stop]
@@ -61,6 +67,6 @@ class Detokenizer:
         lengths = (n for stop in self.stop for n in range(len(stop) - 1, 0, -1) if self._seen.endswith(stop[:n]))
         return max(lengths, default=0)
 
-    def _decode(self, start: int, stop: int) -> str:
-        text: str = self.tokenizer.decode(self._tokens[start:stop], skip_special_tokens=True)
+    def _decode(self) -> str:
+        text: str = self.tokenizer.decode(self._tokens[self._context :], skip_special_tokens=True)
         return text

@@ -6,7 +6,7 @@ contiguous where it must be, or names slots that are not there. MemoryError wher
 """
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 
@@ -55,6 +55,14 @@ class Reads:
 
 def write(pages: Pages, reads: Reads, keys: Tensor, values: Tensor) -> None:
     """Store ``keys, values [H_kv, R, D]`` at the slots behind each request's prefix."""
+
+@final
+class Parts:
+    """What modules are made of: what their dictionaries hold, and where their weights lie."""
+
+    def __init__(self, holders: Sequence[dict[str, Any]], weights: Sequence[Tensor]) -> None: ...
+    def same(self) -> bool:
+        """Whether both are as they were when this was made."""
 
 @final
 class Layer:

@@ -14,14 +14,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from springtide.errors import SpringtideError
 from springtide.kernels.means import Means
 from springtide.kernels.visible import Visible
 
 if TYPE_CHECKING:
-    from springtide.kernels._cpu import Layer, Level
+    from springtide.kernels._cpu import Layer, Level, Parts
 
 try:
     import springtide.kernels._cpu as _cpu
@@ -58,9 +58,10 @@ def level() -> Level | None:
 def of(*tensors: Tensor) -> Level | None:
     """The level for these tensors; None if they are not all on the CPU in one of ``DTYPES``, or for torch."""
     dtype = tensors[0].dtype
-    if dtype not in DTYPES or any(x.dtype != dtype or x.device.type != "cpu" for x in tensors):
-        return None
-    return level()
+    for x in tensors:  # as a loop, since this is asked for every layer
+        if x.dtype != dtype or not x.is_cpu:
+            return None
+    return level() if dtype in DTYPES else None
 
 
 def pages(slab: Tensor) -> _cpu.Pages:
@@ -178,6 +179,14 @@ def linear(level: Level, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     out = torch.empty(len(x), len(weight), dtype=x.dtype)
     level.linear(weight=weight, bias=bias, x=x.contiguous(), out=out, threads=torch.get_num_threads())
     return out
+
+
+def parts(module: nn.Module) -> Parts:
+    """What a module is made of, to notice when something takes its place, comes in between, or moves in memory."""
+    holders: list[dict[str, Any]] = []
+    for own in map(vars, module.modules()):
+        holders += [own, own["_modules"], own["_parameters"], own["_forward_hooks"], own["_forward_pre_hooks"]]
+    return _cpu.Parts(holders, list(module.parameters()))
 
 
 def layer(

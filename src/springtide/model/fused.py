@@ -6,7 +6,6 @@ projection, the residual, RMSNorm, the gated MLP, the residual. Sums are rounded
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -30,24 +29,24 @@ class FusedLayer:
 
     @classmethod
     def of(cls, layer: Any, config: Any) -> Self | None:
-        """The layer fused; None for another architecture."""
-        return cls(layer) if config.model_type in FUSED and config.hidden_act == "silu" else None
+        """The layer fused; None for another architecture, and where there are no C++ kernels."""
+        known = config.model_type in FUSED and config.hidden_act == "silu"
+        return cls(layer) if known and native.level() is not None else None
 
     def takes(self, layer: Any, hidden: Tensor) -> bool:
         """Whether ``hidden [R, hidden]`` of ``layer``, as it is now, can run here: no gradients, not too many rows."""
-        if layer is not self.layer or self.parts.changed or [x.data_ptr() for x in self.weights] != self.addresses:
+        if layer is not self.layer or not self.parts.same():
             self._look(layer)
-        if self.block is None or hidden.requires_grad or hidden.dtype != self.dtype or len(hidden) > self.most_rows:
+        if self.block is None or hidden.requires_grad or hidden.dtype != self.dtype:
             return False
-        return not self.parts.hooked
+        return hidden.shape[0] <= self.most_rows
 
     def _look(self, layer: Any) -> None:
         """Take over the weights; there is no ``block`` on another device or dtype, and for parts of other kinds."""
-        self.layer, self.parts, self.block = layer, Parts(layer), None
-        self.weights = list(layer.parameters())
-        self.addresses = [x.data_ptr() for x in self.weights]
-        self.level = native.of(*self.weights)
-        if self.level is None or not all(x.is_contiguous() for x in self.weights) or not _as_written(layer):
+        self.layer, self.parts, self.block = layer, native.parts(layer), None
+        weights = list(layer.parameters())
+        self.level = native.of(*weights)
+        if self.level is None or not all(x.is_contiguous() for x in weights) or not _as_written(layer):
             return
         norms, matrices = _projections(layer)
         attention = layer.self_attn
@@ -81,7 +80,13 @@ class FusedLayer:
 def _as_written(layer: Any) -> bool:
     """Whether the layer is made of nothing but its architecture's own modules, plain linear layers and SiLU."""
     plain = (nn.Linear, nn.SiLU, SiLUActivation)
-    return all(type(m) in plain or type(m).__module__ == type(layer).__module__ for m in layer.modules())
+    own = type(layer).__module__
+    return not any(hooked(m) or not (type(m) in plain or type(m).__module__ == own) for m in layer.modules())
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: there are hooks, or ``forward`` was replaced."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _projections(layer: Any) -> tuple[list[Any], list[Any]]:
@@ -91,27 +96,3 @@ def _projections(layer: Any) -> tuple[list[Any], list[Any]]:
     norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     matrices = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     return norms, [*matrices, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-
-
-class Parts:
-    """What a module is made of, to notice when something takes its place or comes in between."""
-
-    def __init__(self, module: nn.Module) -> None:
-        modules = list(module.modules())
-        holders: list[dict[str, Any]] = [holder for m in modules for holder in (m._modules, m._parameters)]
-        self._holders = [holder for holder in holders if holder]
-        self._held = [part for holder in self._holders for part in holder.values()]  # kept, so that ids are theirs
-        self._ids = list(map(id, self._held))
-        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._own = [vars(m) for m in modules]
-
-    @property
-    def changed(self) -> bool:
-        """Whether there are other modules or parameters in it now."""
-        now = chain.from_iterable(map(dict.values, self._holders))
-        return list(map(id, now)) != self._ids
-
-    @property
-    def hooked(self) -> bool:
-        """Whether calling it does more than its class says: there are hooks, or ``forward`` was replaced."""
-        return any(self._hooks) or any("forward" in own for own in self._own)

@@ -20,7 +20,7 @@ from springtide.attention.policy import Layer, Policy, dense_bytes, gathered
 from springtide.drafting.drafter import Drafter
 from springtide.errors import SpringtideError
 from springtide.kernels import KV, PAGE, Reads, native
-from springtide.model.fused import FusedLayer, Parts
+from springtide.model.fused import FusedLayer, hooked
 from springtide.rows.cache import Cache
 from springtide.rows.pool import Pool
 from springtide.rows.segment import Segment
@@ -78,11 +78,12 @@ class Stack:
             native.huge_pages(parameter, now=True)
         self.fused = [FusedLayer.of(layer, model.config) for layer in model.model.layers]
         self.pool = Pool(self.spec.num_layers)
+        self._routed: list[str | None] = []  # where the layers' attention goes otherwise, while it is routed here
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.model.device
-        return device
+        weight: Tensor = self.model.model.embed_tokens.weight
+        return weight.device
 
     @property
     def page_bytes(self) -> int:
@@ -134,6 +135,7 @@ class Stack:
         """Output of one layer for ``hidden [R, hidden]``; ``embeddings``: what :meth:`rotary` gives for it."""
         layer, fused = self.model.model.layers[index], self.fused[index]
         if fused is None or not fused.takes(layer, hidden):
+            self._route()
             out: Tensor = layer(hidden[None], attention_mask=None, position_embeddings=embeddings, springtide=step)
             return out[0]
         cos, sin = embeddings
@@ -163,7 +165,7 @@ class Stack:
 
     def _head(self, hidden: Tensor) -> Tensor:
         head = self.model.lm_head
-        plain = type(head) is nn.Linear and not hidden.requires_grad and not Parts(head).hooked
+        plain = type(head) is nn.Linear and not hidden.requires_grad and not hooked(head)
         level = native.of(hidden, head.weight) if plain else None
         if level is None or len(hidden) > native.most_rows(level, hidden.dtype):
             logits: Tensor = head(hidden)
@@ -196,19 +198,24 @@ class Stack:
         return cos, sin
 
     @contextmanager
-    def own_attention(self) -> Iterator[None]:
-        """Route the layers' attention to :func:`attention` while a pass runs, so that the model stays the user's.
+    def passing(self) -> Iterator[None]:
+        """While a pass runs: the model is the user's again when it is over.
 
         One thread at a time: others that have passes of the model to run wait.
         """
-        config = self.model.config
         with LOCKS.setdefault(self.model, Lock()):
-            before = config._attn_implementation
-            config._attn_implementation = ATTENTION
             try:
                 yield
             finally:
-                config._attn_implementation = before
+                if self._routed:
+                    (self.model.config._attn_implementation,) = self._routed
+                    self._routed.clear()
+
+    def _route(self) -> None:
+        """Route the layers' attention to :func:`attention` until the pass is over."""
+        if not self._routed:  # to look at the configuration takes long
+            self._routed.append(self.model.config._attn_implementation)
+            self.model.config._attn_implementation = ATTENTION
 
 
 class Pass:
@@ -219,7 +226,7 @@ class Pass:
             raise SpringtideError("The caches of a pass must be of one pool; make them with the same model.")
         self.stack = stack
         self.segments = segments
-        self._joined: dict[Any, tuple[list[Reads], Reads]] = {}
+        self._reads: dict[Any, Reads] = {}  # none before the caches have room for the rows
 
     def embed(self) -> Tensor:
         """Input of layer 0, ``[R, hidden]``."""
@@ -235,7 +242,7 @@ class Pass:
         if start == stop:
             return hidden
         stack = self.stack
-        with stack.own_attention():
+        with stack.passing():
             rotary = stack.rotary(hidden[None], self.segments)
             for index in range(start, stop):
                 kinds = isinstance(rotary, dict)
@@ -249,40 +256,42 @@ class Pass:
         Rows that read everything do so in one call, in which pages that requests share are read once.
         """
         segments = self.segments
-        for segment in segments:
-            segment.cache.reserve(segment.prefix, segment.length, k)
-        kernels.write(self._kv(layer.index, segments), k, v)
+        if not self._reads:
+            for segment in segments:
+                segment.cache.reserve(segment.prefix, segment.length, k)
+        everyone = tuple(range(len(segments)))
+        kernels.write(self._kv(layer.index, everyone), k, v)
         rows = self.split(q)
         slots = [segment.policy.reads(layer, own, segment) for segment, own in zip(segments, rows, strict=True)]
-        dense = [place for place, own in enumerate(slots) if own is None]
+        dense = tuple(place for place in everyone if slots[place] is None)
         outputs = list(rows)
         if dense:
-            whole = [segments[place] for place in dense]
-            queries = q if len(dense) == len(segments) else torch.cat([rows[place] for place in dense])
-            kv = self._kv(layer.index, whole, layer.window)
-            for segment in whole:
-                segment.bytes_read += dense_bytes(kv, segment, layer.window)
+            queries = q if dense == everyone else torch.cat([rows[place] for place in dense])
+            kv = self._kv(layer.index, dense, layer.window)
+            for place in dense:
+                segments[place].bytes_read += dense_bytes(kv, segments[place], layer.window)
             out, _ = kernels.attend(queries, kv, layer.scale, layer.softcap, lse=False)
-            if len(dense) == len(segments):
+            if dense == everyone:
                 return out
-            for place, own in zip(dense, torch.split(out, [s.rows for s in whole]), strict=True):
+            for place, own in zip(dense, torch.split(out, [segments[place].rows for place in dense]), strict=True):
                 outputs[place] = own
         for place, own in enumerate(slots):
             if own is not None:
                 outputs[place] = gathered(layer, rows[place], segments[place], own)
-        return torch.cat(outputs)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _kv(self, layer: int, segments: Sequence[Segment], window: int | None = None) -> KV:
-        """A layer's keys and values, as the rows of ``segments`` read them side by side."""
-        parts = [segment.reads(window) for segment in segments]
-        key = window, tuple(map(id, segments))
-        known = self._joined.get(key)
-        if known is None or any(a is not b for a, b in zip(known[0], parts, strict=True)):
-            known = self._joined[key] = parts, Reads.joined(parts)
-        return KV(segments[0].cache.pages(layer), known[1])
+    def _kv(self, layer: int, places: tuple[int, ...], window: int | None = None) -> KV:
+        """A layer's keys and values, as the rows of the segments at ``places`` read them side by side."""
+        known = self._reads.get((places, window))
+        if known is None:
+            parts = [self.segments[place].reads(window) for place in places]
+            known = self._reads[places, window] = Reads.joined(parts)
+        return KV(self.segments[0].cache.pages(layer), known)
 
     def split(self, hidden: Tensor) -> list[Tensor]:
         """Each segment's rows of ``hidden [R, ...]``."""
+        if len(self.segments) == 1:
+            return [hidden]
         return list(torch.split(hidden, [segment.rows for segment in self.segments]))
 
     def grow(self, hidden: Tensor, drafter: Drafter, number: int) -> Tensor:
@@ -293,6 +302,7 @@ class Pass:
         for place, growth in zip(mine, drafter.grow(number, segments, [parts[place] for place in mine]), strict=True):
             segment = self.segments[place]
             segment.grow(growth.parents)
+            self._reads.clear()
             segment.policy.grown(segment, growth.origins)
             parts[place] = torch.cat([parts[place], growth.rows])
         return torch.cat(parts)

@@ -310,6 +310,38 @@ struct Layer : Block {
   }
 };
 
+// What dictionaries of modules hold, and where their weights lie, to notice when that changes.
+class Parts {
+ public:
+  Parts(std::vector<nb::dict> holders, std::vector<nb::object> weights)
+      : holders_(std::move(holders)), weights_(std::move(weights)) {
+    for (const nb::dict& holder : holders_) {
+      PyObject* value;
+      for (Py_ssize_t at = 0; PyDict_Next(holder.ptr(), &at, nullptr, &value);) held_.push_back(nb::borrow(value));
+      held_.emplace_back();
+    }
+    for (const nb::object& weight : weights_) addresses_.push_back(Tensor::address(weight));
+  }
+
+  bool same() const {
+    std::size_t i = 0;
+    for (const nb::dict& holder : holders_) {
+      PyObject* value;
+      for (Py_ssize_t at = 0; PyDict_Next(holder.ptr(), &at, nullptr, &value); i++)
+        if (held_[i].ptr() != value) return false;
+      if (held_[i++].is_valid()) return false;
+    }
+    for (i = 0; i < weights_.size(); i++)
+      if (Tensor::address(weights_[i]) != addresses_[i]) return false;
+    return true;
+  }
+
+ private:
+  std::vector<nb::dict> holders_;
+  std::vector<nb::object> held_, weights_;  // of each holder, then nothing; kept, so that no other has their place
+  std::vector<const void*> addresses_;
+};
+
 void before(const Level& level, const Layer& layer, nb::handle x, nb::handle cos, nb::handle sin, nb::handle q,
             nb::handle k, nb::handle v, int threads) {
   const Tensor input("x", x), turn("cos", cos), shift("sin", sin), q_("q", q), k_("k", k), v_("v", v);
@@ -353,6 +385,10 @@ NB_MODULE(_cpu, m) {
                     const std::vector<std::pair<nb::object, nb::object>>&, Size, Size, float>(),
            "input_norm"_a, "output_norm"_a, "q_norm"_a.none(), "k_norm"_a.none(), "projections"_a, "head_dim"_a,
            "rotary"_a, "epsilon"_a);
+
+  nb::class_<Parts>(m, "Parts")
+      .def(nb::init<std::vector<nb::dict>, std::vector<nb::object>>(), "holders"_a, "weights"_a)
+      .def("same", &Parts::same);
 
   nb::class_<Layout>(m, "Pages").def(nb::init<nb::object>(), "tensor"_a);
   nb::class_<Request>(m, "Request")

@@ -3,9 +3,11 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 
 #include <cstdint>
 #include <initializer_list>
+#include <stdexcept>
 #include <string>
 
 namespace springtide {
@@ -15,34 +17,73 @@ using Size = std::int64_t;
 
 enum class Type { float32, bfloat16, int64, int32, boolean, other };
 constexpr const char* kTypeNames[] = {"float32", "bfloat16", "int64", "int32", "bool"};
+constexpr int kCodes[] = {2, 4, 0, 0, 6}, kBits[] = {32, 16, 64, 32, 8};  // in DLPack
 
 [[noreturn]] inline void wrong_type(const std::string& what) { throw nb::type_error(what.c_str()); }
 [[noreturn]] inline void wrong_value(const std::string& what) { throw nb::value_error(what.c_str()); }
 
-// A tensor on the CPU: where it lies, and how. Only attributes are read, so that nothing here depends on torch's ABI.
+using View = nb::dlpack::dltensor;
+
+// How torch shows its tensors without copying or counting anything: DLPack's table of functions for C, as far as the one
+// that is used here. Nothing of it depends on torch's ABI.
+class Torch {
+ public:
+  static const Torch& get() {
+    static const Torch torch;
+    return torch;
+  }
+
+  bool shows(nb::handle tensor, View& out) const {
+    if (table_->view(tensor.ptr(), &out) == 0) return true;
+    PyErr_Clear();
+    return false;
+  }
+
+  PyTypeObject* type;
+
+ private:
+  struct Table {
+    std::uint32_t major, minor;
+    void *earlier, *others[3];
+    int (*view)(void* tensor, View* out);
+  };
+
+  Torch() {
+    nb::object tensor = nb::module_::import_("torch").attr("Tensor"), table = tensor.attr("__dlpack_c_exchange_api__");
+    type = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());  // it lives as long as the process
+    table_ = static_cast<const Table*>(PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api"));
+    if (!table_) throw nb::python_error();
+    if (table_->major != 1) throw std::runtime_error("this version of torch shows its tensors in a way that is not known");
+  }
+
+  const Table* table_;
+};
+
+// A tensor on the CPU: where it lies, and how.
 class Tensor {
  public:
   static constexpr int kDims = 6;
   static constexpr Size kAny = -1;  // in a shape: whatever it is
 
   Tensor(const char* name, nb::handle object) : name_(name) {
-    static const Names names;
-    nb::object own = attribute(object, names.dtype);
-    for (int i = 0; own.is_valid() && i < 5; i++)
-      if (own.is(names.types[i])) type_ = static_cast<Type>(i);
-    if (type_ == Type::other && !(own.is_valid() && nb::isinstance(own, names.type)))
+    if (!PyObject_TypeCheck(object.ptr(), Torch::get().type))
       wrong_type(std::string(name) + " must be a torch tensor, but it is a " + Py_TYPE(object.ptr())->tp_name + ".");
-    if (!attribute(object, names.is_cpu).is(nb::handle(Py_True)))
+    View own;
+    constexpr int kCpu = 1, kPinned = 3;
+    if (!Torch::get().shows(object, own) || (own.device.device_type != kCpu && own.device.device_type != kPinned))
       wrong_value(std::string(name) + " must be on the CPU.");
-    nb::object shape = attribute(object, names.shape), strides = call(object, names.stride);
-    dims_ = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
+    dims_ = own.ndim;
     if (dims_ > kDims) wrong_value(std::string(name) + " has more than " + std::to_string(kDims) + " dimensions.");
-    for (int i = 0; i < dims_; i++) {
-      shape_[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
-      strides_[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i));
-    }
-    data_ = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(call(object, names.data_ptr).ptr()));
-    if (PyErr_Occurred()) throw nb::python_error();
+    for (int i = 0; i < dims_; i++) shape_[i] = own.shape[i], strides_[i] = own.strides[i];
+    for (int i = 0; i < static_cast<int>(Type::other); i++)
+      if (own.dtype.code == kCodes[i] && own.dtype.bits == kBits[i]) type_ = static_cast<Type>(i);
+    data_ = static_cast<char*>(own.data) + own.byte_offset;
+  }
+
+  // Where a torch tensor on any device lies; nothing for one that lies nowhere.
+  static const void* address(nb::handle object) {
+    View own;
+    return Torch::get().shows(object, own) ? static_cast<const char*>(own.data) + own.byte_offset : nullptr;
   }
 
   Type type() const { return type_; }
@@ -98,35 +139,6 @@ class Tensor {
   }
 
  private:
-  struct Names {
-    nb::object dtype = text("dtype"), is_cpu = text("is_cpu"), shape = text("shape"), stride = text("stride"),
-               data_ptr = text("data_ptr"), types[5], type;
-
-    Names() {
-      nb::module_ torch = nb::module_::import_("torch");
-      for (int i = 0; i < 5; i++) types[i] = torch.attr(kTypeNames[i]);
-      type = torch.attr("dtype");
-      // They live as long as the process.
-      for (nb::object* x : {&dtype, &is_cpu, &shape, &stride, &data_ptr, &type}) x->inc_ref();
-      for (nb::object& x : types) x.inc_ref();
-    }
-
-    static nb::object text(const char* name) { return nb::steal(PyUnicode_InternFromString(name)); }
-  };
-
-  // Nothing if there is no such attribute.
-  static nb::object attribute(nb::handle object, const nb::object& name) {
-    PyObject* found = PyObject_GetAttr(object.ptr(), name.ptr());
-    if (!found) PyErr_Clear();
-    return nb::steal(found);
-  }
-
-  static nb::object call(nb::handle object, const nb::object& name) {
-    PyObject* result = PyObject_CallMethodNoArgs(object.ptr(), name.ptr());
-    if (!result) throw nb::python_error();
-    return nb::steal(result);
-  }
-
   std::string shape() const {
     std::string text;
     for (int i = 0; i < dims_; i++) text += (i ? ", " : "") + std::to_string(shape_[i]);
