@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from drafters import VOCAB, medusa
 from springtide.attention.policy import Policy
 from springtide.drafting.lookup import Lookup
 from springtide.engine.engine import Engine
@@ -191,3 +192,19 @@ def test_nothing_is_left_of_what_was_cancelled():
     assert session.memory == other.cache.nbytes or session.memory > 0
     session.forget()
     assert session.memory == 0
+
+
+@pytest.mark.parametrize("drafter", [Lookup(), medusa()], ids=["lookup", "medusa"])
+def test_what_waited_for_memory_runs_as_if_it_had_not(drafter):
+    under = engine(vocab_size=VOCAB)
+    prompts = [[token % VOCAB for token in [*DOCUMENT, seed]] for seed in range(2)]
+    alone = [under.generate(prompt, max_tokens=8).token_ids for prompt in prompts]
+    limit = 2 * under.stack.page_bytes + drafter.memory(len(DOCUMENT) + 9) + 16  # of one
+    session = under.session(cache_memory=limit)
+    first, second = (session.add(prompt, max_tokens=8, draft=drafter) for prompt in prompts)
+    session.step()
+    assert first.output and session.unfinished == [first, second] and second.cache.length == 0
+    for _ in session.run():
+        assert session.memory <= limit
+    assert [first.output, second.output] == alone
+    assert second.lent == len(DOCUMENT)

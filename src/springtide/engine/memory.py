@@ -73,9 +73,10 @@ class Memory:
 
     def admits(self, request: Request, running: Sequence[Request]) -> bool:
         """Whether there is room for a request beside those that run; it then shares what it begins with."""
+        own = request.cache
         self.lend(request, running)
         if self.limit is not None and self._reserved([*running, request]) > self.limit:
-            request.release()
+            request.cache, request.lent = own, 0
             return False
         self._trim([*running, request])
         return True
