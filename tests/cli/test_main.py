@@ -33,6 +33,12 @@ def test_help_is_instant(arguments):
     assert "--help" in quick(*arguments)
 
 
+def test_a_verb_has_its_own_default_for_an_option_that_it_shares(run):
+    defaults = {"decode": "dense,tidal", "prefill": "dense"}
+    for verb, default in defaults.items():
+        assert f"[default: {default}]" in " ".join(run("bench", verb, "--help").out.split())
+
+
 def test_shells_complete_verbs_and_options():
     assert "_SPRINGTIDE_COMPLETE=complete_bash" in quick("--show-completion", "bash")
     for typed, completed in (("springtide ge", "generate"), ("springtide eval needle --tri", "--trials")):
