@@ -68,6 +68,26 @@ def test_a_closed_standard_output():
     assert result.stderr == b"springtide: Standard output is closed; send it to a file, or to /dev/null.\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], b"; give the prompt as an argument, or with --prompt-file"),
+        (["generate", "-"], b"; give the prompt as an argument, or with --prompt-file"),
+        (["chat"], b", from which chat reads what you say; open it, or use springtide generate"),
+    ],
+)
+def test_a_closed_standard_input(arguments, message):
+    result = process(*arguments, stdout=subprocess.PIPE, preexec_fn=lambda: os.close(0))
+    assert (result.returncode, result.stdout) == (2, b"")
+    assert result.stderr == b"springtide: Standard input is closed" + message + b".\n"
+
+
+def test_a_prompt_needs_no_standard_input(folder):
+    arguments = ("generate", "Hi", "--model", folder, "--max-tokens", 2)
+    result = process(*arguments, stdout=subprocess.PIPE, preexec_fn=lambda: os.close(0))
+    assert (result.returncode, result.stderr) == (0, b"") and result.stdout
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [["--help"], ["policies"]])
 def test_a_pipe_whose_reader_left(arguments, unbuffered):

@@ -23,6 +23,10 @@ def chat(
     stats: Stats = False,
 ) -> None:
     """Talk with the model; the cache is kept between turns. /reset starts anew, /exit or Ctrl-D ends."""
+    if sys.stdin is None:
+        raise SpringtideError(
+            "Standard input is closed, from which chat reads what you say; open it, or use springtide generate."
+        )
     sampled, chosen = sampling.read(), policy.read()
     if system and system.startswith("@"):
         system = read_file(Path(system[1:]))

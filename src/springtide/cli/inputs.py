@@ -232,6 +232,8 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         text = read_file(file)
     elif prompt not in (None, "-"):
         text = str(prompt)
+    elif sys.stdin is None:
+        raise SpringtideError("Standard input is closed; give the prompt as an argument, or with --prompt-file.")
     elif prompt is None and sys.stdin.isatty():
         raise SpringtideError("There is no prompt; give it as an argument, with --prompt-file, or on standard input.")
     else:
