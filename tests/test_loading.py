@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 import springtide
 from folders import PROMPT, VOCAB, edit_json, save_drafter, save_model, tokenizer
@@ -33,6 +35,25 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 @pytest.fixture(scope="module")
 def engine(folder) -> Engine:
     return springtide.load(folder)
+
+
+@pytest.fixture
+def bars():
+    """Progress bars are as they were after the test."""
+    yield
+    logging.enable_progress_bar()  # those of the hub with it
+
+
+@pytest.mark.parametrize("hubs", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.usefixtures("bars")
+def test_progress_bars_are_left_as_they_were_set(folder, capfd, own, hubs):
+    """Those of transformers and of the hub; where nobody watches, none is shown."""
+    (logging.enable_progress_bar if own else logging.disable_progress_bar)()
+    (enable_progress_bars if hubs else disable_progress_bars)()
+    springtide.load(folder)
+    assert (logging.is_progress_bar_enabled(), not are_progress_bars_disabled()) == (own, hubs)
+    assert capfd.readouterr().err == ""
 
 
 # -- what can be loaded --------------------------------------------------------------------------------------------

@@ -33,6 +33,12 @@ def test_help_is_instant(arguments):
     assert "--help" in quick(*arguments)
 
 
+def test_a_verb_has_its_own_default_for_an_option_that_it_shares(run):
+    defaults = {"decode": "dense,tidal", "prefill": "dense"}
+    for verb, default in defaults.items():
+        assert f"[default: {default}]" in " ".join(run("bench", verb, "--help").out.split())
+
+
 def test_shells_complete_verbs_and_options():
     assert "_SPRINGTIDE_COMPLETE=complete_bash" in quick("--show-completion", "bash")
     for typed, completed in (("springtide ge", "generate"), ("springtide eval needle --tri", "--trials")):
@@ -60,6 +66,26 @@ def test_a_closed_standard_output():
     result = process("policies", preexec_fn=lambda: os.close(1))
     assert result.returncode == 2
     assert result.stderr == b"springtide: Standard output is closed; send it to a file, or to /dev/null.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], b"; give the prompt as an argument, or with --prompt-file"),
+        (["generate", "-"], b"; give the prompt as an argument, or with --prompt-file"),
+        (["chat"], b", from which chat reads what you say; open it, or use springtide generate"),
+    ],
+)
+def test_a_closed_standard_input(arguments, message):
+    result = process(*arguments, stdout=subprocess.PIPE, preexec_fn=lambda: os.close(0))
+    assert (result.returncode, result.stdout) == (2, b"")
+    assert result.stderr == b"springtide: Standard input is closed" + message + b".\n"
+
+
+def test_a_prompt_needs_no_standard_input(folder):
+    arguments = ("generate", "Hi", "--model", folder, "--max-tokens", 2)
+    result = process(*arguments, stdout=subprocess.PIPE, preexec_fn=lambda: os.close(0))
+    assert (result.returncode, result.stderr) == (0, b"") and result.stdout
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, NoReturn
+from dataclasses import is_dataclass
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -32,7 +34,8 @@ from springtide.cli.train import pocket, vision
 from springtide.errors import SpringtideError
 from springtide.files import reason
 
-Verbs = dict[str, Callable[..., None]]
+Verb = Callable[..., None]
+Verbs = dict[str, Verb]
 
 VERBS: Verbs = {
     "generate": generate.generate,
@@ -84,8 +87,49 @@ GROUPS: dict[str, tuple[str, Verbs]] = {
 def _typer(verbs: Verbs, purpose: str) -> typer.Typer:
     made = typer.Typer(no_args_is_help=True, help=purpose)
     for name, verb in verbs.items():
-        made.command(name)(verb)
+        made.command(name)(_command(verb))
     return made
+
+
+def _command(verb: Verb) -> Verb:
+    """The verb as typer takes it: with the options of its groups, dataclasses such as ``inputs.Model``, one by one."""
+
+    def command(**given: Any) -> None:
+        _call(verb, given)
+
+    options = list(_options(verb))
+    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    command.__annotations__ = {option.name: option.annotation for option in options}
+    command.__doc__ = verb.__doc__
+    return command
+
+
+def _options(taker: Callable[..., Any], defaults: object = None) -> Iterator[inspect.Parameter]:
+    """The options of a verb or a group and of the groups in it; ``defaults`` is a group that has their defaults."""
+    for taken in _takes(taker):
+        default = taken.default if defaults is None else getattr(defaults, taken.name)
+        if _is_group(taken):
+            yield from _options(taken.annotation, None if default is taken.empty else default)
+        else:
+            yield taken.replace(kind=inspect.Parameter.KEYWORD_ONLY, default=default)
+
+
+def _call(taker: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """Call a verb, or make a group, with its own of the options that are ``given``."""
+    return taker(
+        **{
+            taken.name: _call(taken.annotation, given) if _is_group(taken) else given[taken.name]
+            for taken in _takes(taker)
+        }
+    )
+
+
+def _takes(taker: Callable[..., Any]) -> Iterable[inspect.Parameter]:
+    return inspect.signature(taker, eval_str=True).parameters.values()
+
+
+def _is_group(taken: inspect.Parameter) -> bool:
+    return is_dataclass(taken.annotation)
 
 
 app = _typer(VERBS, "Fast long-context decoding of Hugging Face models.")

@@ -9,25 +9,14 @@ from typing import Annotated
 
 import typer
 
-from springtide.cli.inputs import (
-    Chat,
-    Device,
-    Dtype,
-    Json,
-    Model,
-    Revision,
-    Text,
-    chats,
-    load_engine,
-    read_text,
-)
+from springtide.cli.inputs import Chat, Json, Model, Text, chats, read_text
 from springtide.cli.show import result_of, resumable
 from springtide.errors import SpringtideError
 
 
 def calibrate(
-    model: Model = "pocket",
-    revision: Revision = None,
+    *,
+    model: Model,
     dense_layers: Annotated[
         int | None, typer.Option(help="Layers, or as many KV heads, that stay dense (default: a third).")
     ] = None,
@@ -49,8 +38,6 @@ def calibrate(
         typer.Option(help="Folder for springtide.json and springtide.png, the curve (default: the model's own)."),
     ] = None,
     json_file: Json = None,
-    device: Device = None,
-    dtype: Dtype = None,
 ) -> None:
     """Choose what TidalDecode keeps dense and which layers select; the same command goes on where one was stopped.
 
@@ -66,9 +53,9 @@ def calibrate(
 
     check_target(None if out is None else out / FILE, json_file)
     book, tidal = read_text(text), Tidal(budget=parse_budget(budget))
-    if model == "pocket" and out is None:
+    if model.name == "pocket" and out is None:
         raise SpringtideError("The bundled model is calibrated already; give --model DIR, or --out DIR to write to.")
-    engine = load_engine(model, device, dtype, revision, calibrated=False)
+    engine = model.load(calibrated=False)
     wish = calibration.Wish(tidal, length, dense_layers, target_kl, prompts, trials, chats(engine, chat), head_map)
     folder = out or calibration_folder(engine.stack.model)
     make_folder(folder)

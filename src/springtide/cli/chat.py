@@ -8,63 +8,30 @@ from typing import Annotated
 
 import typer
 
-from springtide.cli.inputs import (
-    Accept,
-    Budget,
-    Device,
-    Draft,
-    Dtype,
-    MaxTokens,
-    MinP,
-    Model,
-    Penalty,
-    PolicyText,
-    Revision,
-    Seed,
-    Stats,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-    load_engine,
-    read_file,
-    read_policy,
-)
+from springtide.cli.inputs import Draft, Model, OnePolicy, Sampling, Stats, read_file
 from springtide.cli.show import print_pieces, stats_line
 from springtide.errors import SpringtideError
 
 
 def chat(
-    model: Model = "pocket",
-    revision: Revision = None,
+    *,
+    model: Model,
     system: Annotated[str | None, typer.Option(help="System message, or '@FILE' to read it from a file.")] = None,
-    policy: PolicyText = "dense",
-    budget: Budget = None,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = 0,
-    stop: Stop = None,
+    policy: OnePolicy,
+    sampling: Sampling,
     draft: Draft = None,
-    accept: Accept = "exact",
     stats: Stats = False,
-    device: Device = None,
-    dtype: Dtype = None,
 ) -> None:
     """Talk with the model; the cache is kept between turns. /reset starts anew, /exit or Ctrl-D ends."""
-    from springtide.rows.sampling import Sampling
-
-    sampling = Sampling(
-        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ()), accept=accept
-    )
-    chosen = read_policy(policy, budget)
+    if sys.stdin is None:
+        raise SpringtideError(
+            "Standard input is closed, from which chat reads what you say; open it, or use springtide generate."
+        )
+    sampled, chosen = sampling.read(), policy.read()
     if system and system.startswith("@"):
         system = read_file(Path(system[1:]))
     opening = [{"role": "system", "content": system}] if system else []
-    engine = load_engine(model, device, dtype, revision, policy=chosen, draft=draft)
+    engine = model.load(policy=chosen, draft=draft)
     engine.render([*opening, {"role": "user", "content": "Hello"}])  # does the model chat at all?
     messages, session = list(opening), engine.session()
     while (line := _ask_user()) not in (None, "/exit"):
@@ -74,7 +41,7 @@ def chat(
             continue
         try:
             tokens = engine.render([*messages, {"role": "user", "content": line}])
-            request = session.add(tokens, sampling=sampling)
+            request = session.add(tokens, sampling=sampled)
         except SpringtideError as error:
             if not sys.stdin.isatty():
                 raise

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from springtide.cli.inputs import load_engine
+from springtide.cli.inputs import Model
 from springtide.errors import SpringtideError
 
 
@@ -32,7 +32,7 @@ def medusa(
         raise SpringtideError(f"'{target}' holds a {CONFIG} already; choose another folder for --to.")
     drafter = Medusa.load(source)
     if model is not None:
-        drafter = replace(drafter.resolve(load_engine(model, "cpu", None).stack), base_model=model)
+        drafter = replace(drafter.resolve(Model(model, device="cpu").load().stack), base_model=model)
     drafter.save(target, layout)
     if (source / ADAPTER).is_dir():
         warnings.warn(f"these heads are for the model with '{source / ADAPTER}' merged into it", stacklevel=1)

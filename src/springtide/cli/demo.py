@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from springtide.cli.inputs import Json, excerpt, load_engine
+from springtide.cli.inputs import Json, Model, excerpt
 
 
 def demo(json_file: Json = None) -> None:
@@ -11,6 +11,6 @@ def demo(json_file: Json = None) -> None:
     from springtide.evaluation.report import check_target, write_json
 
     check_target(json_file)
-    result = run(load_engine("pocket", None, None), excerpt())
+    result = run(Model().load(), excerpt())
     if json_file:
         write_json(json_file, result)

@@ -7,26 +7,15 @@ from typing import Annotated
 
 import typer
 
-from springtide.cli.inputs import (
-    Budget,
-    Device,
-    Dtype,
-    MaxTokens,
-    Model,
-    PolicyText,
-    Revision,
-    Temperature,
-    load_engine,
-    read_policy,
-)
+from springtide.cli.inputs import MaxTokens, Model, OnePolicy, Temperature
 from springtide.cli.show import resumable
 
 
 def distill(
+    *,
     data: Annotated[Path, typer.Option(help="Text file, folder of .txt files, or .jsonl file (text or messages).")],
     out: Annotated[Path, typer.Option(help="File for the lines, .jsonl; lines that are there are kept.")],
-    model: Model = "pocket",
-    revision: Revision = None,
+    model: Model,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts to continue.")] = 512,
     length: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 128,
     facts: Annotated[float, typer.Option(help="Share of prompts that ask for facts hidden in them.")] = 0.0,
@@ -36,11 +25,8 @@ def distill(
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     batch: Annotated[int, typer.Option(min=1, help="Texts that are written at once.")] = 16,
-    policy: PolicyText = "dense",
-    budget: Budget = None,
+    policy: OnePolicy,
     seed: Annotated[int, typer.Option(help="Seed of prompts and sampling.")] = 0,
-    device: Device = None,
-    dtype: Dtype = None,
 ) -> None:
     """Have the model continue excerpts of texts, for its drafter to learn from; run again, it adds what is missing."""
     from springtide.evaluation.report import check_target
@@ -50,9 +36,9 @@ def distill(
     from springtide.training.windows import read_documents
 
     check_target(out)
-    sampling, chosen = Sampling(max_tokens, temperature, seed=seed), read_policy(policy, budget)
+    sampling, chosen = Sampling(max_tokens, temperature, seed=seed), policy.read()
     documents, _ = read_documents(data, hold_out or ())
-    source = Prompts(load_engine(model, device, dtype, revision, policy=chosen), documents, length, facts, seed)
+    source = Prompts(model.load(policy=chosen), documents, length, facts, seed)
     with resumable(out):
         written = run(source, out, prompts, sampling, batch)
     print(f"'{out}' holds {written.texts} texts of {written.tokens} tokens, of which the model wrote {written.own}.")

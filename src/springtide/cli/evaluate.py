@@ -10,23 +10,19 @@ from typing import Annotated, Any
 import typer
 
 from springtide.cli.inputs import (
-    Budgets,
     Chat,
     Device,
-    Dtype,
     Images,
     Json,
     Model,
-    Plot,
     Policies,
-    Revision,
+    PolicyNames,
+    Results,
     Text,
     chats,
-    load_engine,
     quiet_transformers,
     read_decimals,
     read_numbers,
-    read_policies,
     read_temperatures,
     read_text,
     read_texts,
@@ -37,8 +33,8 @@ from springtide.errors import SpringtideError
 
 
 def needle(
-    model: Model = "pocket",
-    revision: Revision = None,
+    *,
+    model: Model,
     length: Annotated[str, typer.Option(help="Comma list of context lengths, tokens.")] = "4096",
     trials: Annotated[
         int, typer.Option(min=1, help="Contexts of each length and task, each with 2 or 5 questions.")
@@ -46,40 +42,35 @@ def needle(
     task: Annotated[
         str, typer.Option(help="Comma list of tasks: single, multikey, multivalue, tracking, quote.")
     ] = "single",
-    policy: Policies = "dense,tidal",
-    budget: Budgets = None,
+    policies: Policies,
     text: Text = None,
     chat: Chat = None,
     distractors: Annotated[int, typer.Option(help="More facts in the context, which nobody asks about.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of facts and places.")] = 0,
-    json_file: Json = None,
-    plot: Plot = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    results: Results,
 ) -> None:
     """Answers about what is hidden in a book: exact match, and divergence from dense predictions."""
     from springtide.evaluation.needle import Haystack, table
     from springtide.evaluation.needle import needle as run
-    from springtide.evaluation.report import check_target, plot_lines, print_table, write_json
+    from springtide.evaluation.report import plot_lines, print_table
     from springtide.evaluation.tasks import parse_tasks
 
-    check_target(json_file, plot)
-    lengths, wanted, book = read_numbers(length, "--length"), read_policies(policy, budget), read_text(text)
+    results.check()
+    lengths, wanted, book = read_numbers(length, "--length"), policies.read(), read_text(text)
     tasks = parse_tasks(task)
-    engine = load_engine(model, device, dtype, revision)
-    policies = resolved(engine, wanted)
+    engine = model.load()
+    compared = resolved(engine, wanted)
     haystack = Haystack(engine.tokenizer, book, seed, distractors, chats(engine, chat))
-    steps, total = run(engine, haystack, tasks, policies, lengths, trials), len(lengths) * len(tasks) * trials
+    steps, total = run(engine, haystack, tasks, compared, lengths, trials), len(lengths) * len(tasks) * trials
     found = measured(steps, total, "trials")
-    if json_file:
-        write_json(json_file, found.as_json())
+    results.write(found.as_json())
     print_table(table(found.rows))
-    if plot:
+    if results.plot:
         rows = [asdict(cell) for cell in found.rows if cell.depth is None]
         for row in rows if len(tasks) > 1 else ():
             row["policy"] += f", {row['task']}"
         plot_lines(
-            plot,
+            results.plot,
             _series(rows, "budget", "exact_match", lengths),
             x="budget (tokens per KV head)",
             y="exact match",
@@ -89,77 +80,67 @@ def needle(
 
 
 def ppl(
-    model: Model = "pocket",
-    revision: Revision = None,
+    *,
+    model: Model,
     length: Annotated[int, typer.Option(help="Tokens in a window; its second half is scored.")] = 4096,
     windows: Annotated[int, typer.Option(min=1, help="Windows, spread over the text.")] = 4,
-    policy: Policies = "dense,tidal",
-    budget: Budgets = None,
+    policies: Policies,
     text: Text = None,
-    json_file: Json = None,
-    plot: Plot = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    results: Results,
 ) -> None:
     """Perplexity of a text, teacher-forced through the decode path, and KL divergence from dense predictions."""
     from springtide.evaluation.perplexity import perplexity
-    from springtide.evaluation.report import check_target, plot_lines, print_table, write_json
+    from springtide.evaluation.report import plot_lines, print_table
 
-    check_target(json_file, plot)
-    wanted, book = read_policies(policy, budget), read_text(text)
-    if plot and "dense" not in [policy.name for policy in wanted]:
+    results.check()
+    wanted, book = policies.read(), read_text(text)
+    if results.plot and "dense" not in [policy.name for policy in wanted]:
         raise SpringtideError("--plot shows the divergence from dense predictions; add dense to --policy.")
-    engine = load_engine(model, device, dtype, revision)
-    policies = resolved(engine, wanted)
+    engine = model.load()
+    compared = resolved(engine, wanted)
     tokens = engine.encode(book)
-    steps, total = perplexity(engine, tokens, policies, length, windows), windows * (length - length // 2)
+    steps, total = perplexity(engine, tokens, compared, length, windows), windows * (length - length // 2)
     found = measured(steps, total, "tokens")
-    if json_file:
-        write_json(json_file, found.as_json())
+    results.write(found.as_json())
     rows = [asdict(row) for row in found.rows]
     curves = [row | {"tokens": at, "kl": kl} for row in rows for at, kl in row.pop("kl_curve") or ()]
     print_table(rows)
-    if plot:
-        plot_lines(plot, _series(curves, "tokens", "kl"), x="decoded tokens", y="KL to dense (nats a token)")
+    if results.plot:
+        plot_lines(results.plot, _series(curves, "tokens", "kl"), x="decoded tokens", y="KL to dense (nats a token)")
     found.end()
 
 
 def recall(
-    model: Model = "pocket",
-    revision: Revision = None,
+    *,
+    model: Model,
     length: Annotated[int, typer.Option(help="Context length, tokens.")] = 4096,
     trials: Annotated[int, typer.Option(min=1, help="Contexts.")] = 4,
-    policy: Policies = "tidal,quest,streaming,oracle",
-    budget: Budgets = None,
+    policies: Policies = Policies("tidal,quest,streaming,oracle"),
     text: Text = None,
-    json_file: Json = None,
-    plot: Plot = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    results: Results,
 ) -> None:
     """Attention mass and true top tokens that each sparse layer still reads while questions are answered."""
     from springtide.evaluation.needle import Haystack
     from springtide.evaluation.recall import recall as run
-    from springtide.evaluation.report import check_target, plot_lines, print_table, write_json
+    from springtide.evaluation.report import plot_lines, print_table
 
-    check_target(json_file, plot)
-    wanted, book = read_policies(policy, budget), read_text(text)
-    engine = load_engine(model, device, dtype, revision)
-    policies = resolved(engine, wanted)
+    results.check()
+    wanted, book = policies.read(), read_text(text)
+    engine = model.load()
+    compared = resolved(engine, wanted)
     haystack = Haystack(engine.tokenizer, book)
-    found = measured(run(engine, haystack, policies, length, trials), trials, "trials")
-    if json_file:
-        write_json(json_file, found.as_json())
+    found = measured(run(engine, haystack, compared, length, trials), trials, "trials")
+    results.write(found.as_json())
     rows = [asdict(row) for row in found.rows]
     print_table([{name: value for name, value in row.items() if name != "mass_by_head"} for row in rows])
-    if plot:
-        plot_lines(plot, _series(rows, "layer", "mass"), x="layer", y="attention mass kept")
+    if results.plot:
+        plot_lines(results.plot, _series(rows, "layer", "mass"), x="layer", y="attention mass kept")
     found.end()
 
 
 def drafts(
-    model: Model = "pocket",
-    revision: Revision = None,
+    *,
+    model: Model,
     draft: Annotated[str, typer.Option(help="Comma list of drafters, see generate --draft.")] = "lookup",
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text file, or a folder of .txt files (default: the bundled excerpt).")
@@ -169,51 +150,45 @@ def drafts(
     length: Annotated[str, typer.Option(help="Comma list of prompt lengths, tokens, which take turns.")] = "1024,2048",
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode after each prompt.")] = 128,
     temperature: Annotated[str, typer.Option(help="Comma list of temperatures.")] = "0",
-    policy: Policies = "dense",
-    budget: Budgets = None,
+    policies: Policies = Policies("dense"),
     adaptive: Annotated[
         bool, typer.Option("--adaptive", help="Leave out drafts while they do not pay, as generate does.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the places in the text.")] = 0,
-    json_file: Json = None,
-    plot: Plot = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    results: Results,
 ) -> None:
     """Drafters against the same engine without one: acceptance, speed, and whether the output is the same."""
     from springtide.drafting import find_adapter
     from springtide.evaluation import drafts as evaluation
-    from springtide.evaluation.report import check_target, write_json
     from springtide.model.source import find_model
     from springtide.registry import split
 
-    check_target(json_file, plot)
+    results.check()
     names = list(dict.fromkeys(split(draft, folders=True)))
     if not names:
         raise SpringtideError("--draft names no drafter; give at least one, such as lookup.")
     lengths, temperatures = read_numbers(length, "--length"), read_temperatures(temperature)
-    wanted = read_policies(policy, budget)
-    texts, folder = read_texts(text), find_model(model, revision).folder
+    wanted = policies.read()
+    texts, folder = read_texts(text), find_model(model.name, model.revision).folder
     own = [name for name in names if find_adapter(name, folder) is not None]  # these change the model
-    engine = load_engine(model, device, dtype, revision)
-    changed = {name: load_engine(model, device, dtype, revision, draft=name) for name in own}
+    engine = model.load()
+    changed = {name: model.load(draft=name) for name in own}
     contenders = evaluation.contenders(engine, changed, names, resolved(engine, wanted), adaptive)
     cutting = evaluation.passages(engine.tokenizer, texts, lengths, prompts, recall, seed)
     passages = result_of(cutting, len(texts), "texts")
     steps = evaluation.drafts(contenders, passages, temperatures, max_tokens)
     found = measured(steps, evaluation.steps(passages), "prompts")
-    if json_file:
-        write_json(json_file, found.as_json())
+    results.write(found.as_json())
     evaluation.show(found.rows)
-    if plot:
-        evaluation.plot(plot, found.rows)
+    if results.plot:
+        evaluation.plot(results.plot, found.rows)
     found.end()
 
 
 def captioner(
     model: Annotated[str, typer.Option(help="Captioner's folder, or 'pocket' for the bundled one.")] = "pocket",
     keep: Annotated[str, typer.Option(help="Comma list of shares of the image's tokens to keep.")] = "1,0.36",
-    policy: Policies = "dense",
+    policy: PolicyNames = "dense",
     images: Annotated[int, typer.Option(min=1, help="Scenes to ask about, which no training has seen.")] = 200,
     json_file: Json = None,
     device: Device = None,
@@ -225,7 +200,7 @@ def captioner(
     from springtide.vision.scenes import Scenes
 
     check_target(json_file)
-    shares, policies = read_decimals(keep, "--keep"), read_policies(policy, None)
+    shares, policies = read_decimals(keep, "--keep"), Policies(policy).read()
     quiet_transformers()
     captioner = Captioner.load(model, device=device)
     scenes = Scenes(captioner.vit.config.image_size).held_out_scenes(images)
@@ -237,24 +212,23 @@ def captioner(
 
 
 def dependency_vit(
+    *,
     model: Annotated[
         str, typer.Option(help="Comma list of folders that train dependency-vit wrote, or 'pocket', the bundled one.")
     ] = "pocket",
     data: Images = "scenes",
     images: Annotated[int, typer.Option(min=1, help="Images held out to measure on, at most.")] = 1000,
     costs: Annotated[bool, typer.Option(help="Measure operations, memory and time, too.")] = True,
-    json_file: Json = None,
-    plot: Plot = None,
+    results: Results,
     device: Device = None,
 ) -> None:
     """Accuracy, pruning and cost of DependencyViTs; on scenes saliency and parts too. Seeds of a model go together."""
-    from springtide.evaluation.report import check_target, write_json
     from springtide.loading import as_device
     from springtide.vision.evaluation import dependency_vit as vision
     from springtide.vision.folder import find_vit, load_config
     from springtide.vision.training.dependency_vit import find_data
 
-    check_target(json_file, plot)
+    results.check()
     folders = list(dict.fromkeys(find_vit(name.strip()) for name in model.split(",") if name.strip()))
     if not folders:
         raise SpringtideError("--model names no folder; give at least one.")
@@ -263,11 +237,10 @@ def dependency_vit(
     source = find_data(data, configs[0].image_size)
     measured = vision.evaluate(folders, source, images, as_device(device), costs)
     found = result_of(measured, vision.steps(folders, images, costs), "measuring")
-    if json_file:
-        write_json(json_file, [asdict(row) for row in found])
+    results.write([asdict(row) for row in found])
     vision.show(found)
-    if plot:
-        vision.plot(plot, found)
+    if results.plot:
+        vision.plot(results.plot, found)
 
 
 def _series(

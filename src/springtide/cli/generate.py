@@ -9,83 +9,54 @@ from typing import Annotated
 
 import typer
 
-from springtide.cli.inputs import (
-    Accept,
-    Budget,
-    Device,
-    Draft,
-    Dtype,
-    Json,
-    Logprobs,
-    MaxTokens,
-    MinP,
-    Model,
-    Penalty,
-    PolicyText,
-    Revision,
-    Samples,
-    Seed,
-    SpecialTokens,
-    Stats,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-    load_engine,
-    read_policy,
-    read_prompt,
-)
+from springtide.cli.inputs import Draft, Json, Model, OnePolicy, Sampling, Stats, read_prompt
 from springtide.cli.show import finish, print_pieces, stats_line
 from springtide.errors import SpringtideError
 
 
 def generate(
+    *,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' or nothing reads standard input.")] = None,
-    model: Model = "pocket",
-    revision: Revision = None,
+    model: Model,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this UTF-8 file.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
-    special_tokens: SpecialTokens = False,
-    policy: PolicyText = "dense",
-    budget: Budget = None,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = 0,
-    n: Samples = None,
-    logprobs: Logprobs = None,
-    stop: Stop = None,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens",
+            help="Take control tokens that the prompt spells out, such as <|im_end|>, for themselves.",
+        ),
+    ] = False,
+    policy: OnePolicy,
+    sampling: Sampling,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="Samples to draw, with --seed and the seeds after it.")
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="To --json: log-probabilities of the tokens, and of this many most probable ones beside."
+        ),
+    ] = None,
     draft: Draft = None,
-    accept: Accept = "exact",
     stats: Stats = False,
     json_file: Json = None,
-    device: Device = None,
-    dtype: Dtype = None,
 ) -> None:
     """Complete a prompt and print the text as it comes."""
     from springtide.evaluation.report import check_target, write_json
-    from springtide.rows.sampling import Sampling
 
     check_target(json_file)
     if logprobs is not None and json_file is None:
         raise SpringtideError("--logprobs has no effect without --json; give a file to write them to.")
-    sampling = Sampling(
-        *(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ())),
-        accept=accept,
-        logprobs=logprobs,
-    )
-    chosen = read_policy(policy, budget)
+    first, chosen = sampling.read(logprobs), policy.read()
     text = read_prompt(prompt, prompt_file)
-    engine = load_engine(model, device, dtype, revision, policy=chosen, draft=draft)
+    engine = model.load(policy=chosen, draft=draft)
     if chat:
         tokens = engine.render([{"role": "user", "content": text}], special_tokens=special_tokens)
     else:
         tokens = engine.encode(text, special_tokens=special_tokens)
     session = engine.session()
-    samples = [replace(sampling, seed=seed + number) for number in range(n or 1)]
+    samples = [replace(first, seed=first.seed + number) for number in range(n or 1)]
     requests = [session.add(tokens, sampling=sample) for sample in samples]
     interrupted = False
     try:

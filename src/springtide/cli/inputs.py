@@ -1,9 +1,13 @@
-"""What the verbs take: options that several share, and the reading of them."""
+"""What the verbs take: options that several share, and the reading of them.
+
+What goes together is a group, a dataclass: a verb takes it as one parameter, and its fields are options of the verb.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,49 +20,23 @@ if TYPE_CHECKING:
     from springtide.attention.policy import Policy
     from springtide.engine.engine import Engine
     from springtide.options import Share
+    from springtide.rows import sampling
 
 LAST_SEED = 2**63 - 1
 
-Model = Annotated[
-    str, typer.Option(help="Model folder, .gguf file, name on the Hugging Face hub, or 'pocket' for the bundled model.")
-]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one).")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 (default: the checkpoint's).")]
-PolicyText = Annotated[
+PolicyName = Annotated[
     str, typer.Option("--policy", help="dense, tidal, quest, streaming, oracle; NAME:OPTION=VALUE,...")
 ]
-Policies = Annotated[
+PolicyNames = Annotated[
     str, typer.Option("--policy", help="Comma list of policies, each as NAME or NAME:OPTION=VALUE,...")
 ]
-Budget = Annotated[
-    str | None, typer.Option(help="Tokens that a sparse layer reads per KV head, or a share of the context as 5%.")
-]
-Budgets = Annotated[
-    str | None, typer.Option("--budget", help="Comma list of budgets: tokens per KV head, or shares as 5%.")
-]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file, as JSON.")]
-Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw the result to this file, as PNG.")]
 Text = Annotated[Path | None, typer.Option("--text", help="UTF-8 text file (default: the bundled held-out excerpt).")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.")]
-TopP = Annotated[float, typer.Option(help="Sample among the tokens that hold this probability.")]
-TopK = Annotated[int, typer.Option(help="Sample among this many tokens (0: all).")]
-MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the most probable one.")]
-Penalty = Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")]
-Seed = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
-Samples = Annotated[int | None, typer.Option("--n", min=1, help="Samples to draw, with --seed and the seeds after it.")]
-Logprobs = Annotated[
-    int | None,
-    typer.Option(min=0, help="To --json: log-probabilities of the tokens, and of this many most probable ones beside."),
-]
-Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")]
-SpecialTokens = Annotated[
-    bool,
-    typer.Option(
-        "--special-tokens", help="Take control tokens that the prompt spells out, such as <|im_end|>, for themselves."
-    ),
-]
 Stats = Annotated[
     bool,
     typer.Option("--stats", help="Print timing and traffic to standard error; on a terminal drafted text is green."),
@@ -75,10 +53,114 @@ Draft = Annotated[
         "or a drafter's folder."
     ),
 ]
-Accept = Annotated[
-    Literal["exact", "typical"],
-    typer.Option(help="exact: the text is as without a drafter; typical: keeps more drafted tokens, but is lossy."),
-]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, and where it runs."""
+
+    name: Annotated[
+        str,
+        typer.Option(
+            "--model", help="Model folder, .gguf file, name on the Hugging Face hub, or 'pocket' for the bundled model."
+        ),
+    ] = "pocket"
+    revision: Revision = None
+    device: Device = None
+    dtype: Dtype = None
+
+    def load(self, **options: Any) -> Engine:
+        """Its engine, with other options of :func:`springtide.loading.load`."""
+        from transformers.utils import logging
+
+        from springtide.loading import load
+
+        logging.set_verbosity_error()
+        return load(self.name, device=self.device, dtype=self.dtype, revision=self.revision, **options)
+
+
+@dataclass(frozen=True)
+class OnePolicy:
+    """A policy, and its budget."""
+
+    policy: PolicyName = "dense"
+    budget: Annotated[
+        str | None, typer.Option(help="Tokens that a sparse layer reads per KV head, or a share of the context as 5%.")
+    ] = None
+
+    def read(self) -> Policy:
+        from springtide.attention import parse_budget, parse_policy
+
+        size = None if self.budget is None else parse_budget(self.budget)
+        policy = parse_policy(self.policy, size)
+        _check_budgets([policy], size)
+        return policy
+
+
+@dataclass(frozen=True)
+class Policies:
+    """Policies to compare, and their budgets."""
+
+    policy: PolicyNames = "dense,tidal"
+    budget: Annotated[str | None, typer.Option(help="Comma list of budgets: tokens per KV head, or shares as 5%.")] = (
+        None
+    )
+
+    def read(self) -> list[Policy]:
+        """Every policy with every budget; those without a budget once."""
+        from springtide.attention import parse_budget, parse_policy
+        from springtide.registry import split
+
+        sizes = [None] if self.budget is None else [parse_budget(size) for size in self.budget.split(",")]
+        found = [parse_policy(name, size) for name in split(self.policy) for size in sizes]
+        if not found:
+            raise SpringtideError("--policy names no policy; give at least one, such as dense.")
+        _check_budgets(found, *sizes)
+        return found
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, and when to stop."""
+
+    max_tokens: MaxTokens = 256
+    temperature: Temperature = 0.0
+    top_p: Annotated[float, typer.Option(help="Sample among the tokens that hold this probability.")] = 1.0
+    top_k: Annotated[int, typer.Option(help="Sample among this many tokens (0: all).")] = 0
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the most probable one.")] = 0.0
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")] = 1.0
+    seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None
+    accept: Annotated[
+        Literal["exact", "typical"],
+        typer.Option(help="exact: the text is as without a drafter; typical: keeps more drafted tokens, but is lossy."),
+    ] = "exact"
+
+    def read(self, logprobs: int | None = None) -> sampling.Sampling:
+        from springtide.rows import sampling
+
+        return sampling.Sampling(**asdict(self), logprobs=logprobs)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Files for what is measured."""
+
+    json_file: Json = None
+    plot: Annotated[Path | None, typer.Option(help="Also draw the result to this file, as PNG.")] = None
+
+    def check(self) -> None:
+        """Raise SpringtideError, before any work is done, for a file that could not be written after it."""
+        from springtide.evaluation.report import check_target
+
+        check_target(self.json_file, self.plot)
+
+    def write(self, rows: Any) -> None:
+        """Write the JSON file, if there is to be one."""
+        from springtide.evaluation.report import write_json
+
+        if self.json_file:
+            write_json(self.json_file, rows)
 
 
 def chats(engine: Engine, wanted: bool | None) -> bool:
@@ -94,39 +176,6 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def load_engine(
-    model: str, device: str | None, dtype: str | None, revision: str | None = None, **options: Any
-) -> Engine:
-    from transformers.utils import logging
-
-    from springtide.loading import load
-
-    logging.set_verbosity_error()
-    return load(model, device=device, dtype=dtype, revision=revision, **options)
-
-
-def read_policy(text: str, budget: str | None) -> Policy:
-    from springtide.attention import parse_budget, parse_policy
-
-    size = None if budget is None else parse_budget(budget)
-    policy = parse_policy(text, size)
-    _check_budgets([policy], size)
-    return policy
-
-
-def read_policies(text: str, budgets: str | None) -> list[Policy]:
-    """Every policy with every budget; those without a budget once."""
-    from springtide.attention import parse_budget, parse_policy
-    from springtide.registry import split
-
-    sizes = [None] if budgets is None else [parse_budget(size) for size in budgets.split(",")]
-    found = [parse_policy(name, size) for name in split(text) for size in sizes]
-    if not found:
-        raise SpringtideError("--policy names no policy; give at least one, such as dense.")
-    _check_budgets(found, *sizes)
-    return found
 
 
 def _check_budgets(policies: Sequence[Policy], *budgets: int | Share | None) -> None:
@@ -183,6 +232,8 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         text = read_file(file)
     elif prompt not in (None, "-"):
         text = str(prompt)
+    elif sys.stdin is None:
+        raise SpringtideError("Standard input is closed; give the prompt as an argument, or with --prompt-file.")
     elif prompt is None and sys.stdin.isatty():
         raise SpringtideError("There is no prompt; give it as an argument, with --prompt-file, or on standard input.")
     else:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from springtide.cli.inputs import Device, Json, PolicyText, quiet_transformers
+from springtide.cli.inputs import Device, Json, PolicyName, quiet_transformers
 from springtide.errors import SpringtideError
 
 MOST_ANSWERED = 64  # tokens, about an image
@@ -30,7 +30,7 @@ def see(
     ] = None,
     parts: Annotated[int, typer.Option(min=1, help="Parts to cut the foreground into.")] = 3,
     out: Annotated[Path | None, typer.Option(help="Draw tree, saliency, parts and kept tokens to this PNG.")] = None,
-    policy: PolicyText = "dense",
+    policy: PolicyName = "dense",
     draft: Annotated[str | None, typer.Option(help="Drafter: lookup, or a drafter's folder.")] = None,
     json_file: Json = None,
     device: Device = None,

@@ -158,8 +158,8 @@ def choose(
             level, q, kv, scale, budget, sinks=sinks, recent=recent, pool=pool, heads=heads, softcap=softcap
         )
     (seen,) = kv.reads.seen
-    ranking = reference.pooled(scores(q, kv, scale, softcap), seen, pool, heads)
-    return select(reference.keep_first(ranking, seen, sinks, recent), budget)
+    wanted = scores(q, kv, scale, softcap)
+    return reference.choose(wanted, seen, budget, sinks=sinks, recent=recent, pool=pool, heads=heads)
 
 
 def scores(q: Tensor, kv: KV, scale: float, softcap: float | None = None) -> Tensor:

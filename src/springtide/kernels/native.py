@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -94,18 +94,7 @@ def write(kv: KV, keys: Tensor, values: Tensor) -> None:
 
 def attend(level: Level, q: Tensor, kv: KV, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """:func:`springtide.kernels.attend`."""
-    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2])
-    level.attend(
-        q=_rows(q),
-        pages=kv.pages.native,
-        reads=kv.reads.native,
-        out=out,
-        lse=lse,
-        scale=scale,
-        softcap=softcap or 0.0,
-        threads=torch.get_num_threads(),
-    )
-    return out, lse
+    return _attention(level.attend, q, kv, scale, softcap)
 
 
 def attend_gathered(
@@ -119,21 +108,35 @@ def attend_gathered(
     means: Means | None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`springtide.kernels.attend_gathered`."""
-    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2])
-    level.gather(
-        q=_rows(q),
-        pages=kv.pages.native,
-        reads=kv.reads.native,
+    return _attention(
+        level.gather,
+        q,
+        kv,
+        scale,
+        softcap,
         index=index.contiguous(),
         mask=_contiguous(mask),
         mean_k=None if means is None else _slots(means.keys),
         mean_v=None if means is None else _slots(means.values),
         weight=1 if means is None else means.tokens,
+    )
+
+
+def _attention(
+    kernel: Callable[..., None], q: Tensor, kv: KV, scale: float, softcap: float | None, **slots: object
+) -> tuple[Tensor, Tensor]:
+    """What a kernel fills: the output and ``lse``; ``slots`` says which are read, where it is not all that rows see."""
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2])
+    kernel(
+        q=_rows(q),
+        pages=kv.pages.native,
+        reads=kv.reads.native,
         out=out,
         lse=lse,
         scale=scale,
         softcap=softcap or 0.0,
         threads=torch.get_num_threads(),
+        **slots,
     )
     return out, lse
 

@@ -112,24 +112,20 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 def choose(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
+    wanted: Tensor,
     seen: Visible,
     budget: int,
     *,
-    sinks: int = 0,
-    recent: int = 1,
-    pool: Literal["mean", "max"] = "mean",
-    heads: Literal["kv", "all"] = "kv",
-    softcap: float | None = None,
+    sinks: int,
+    recent: int,
+    pool: Literal["mean", "max"],
+    heads: Literal["kv", "all"],
 ) -> Tensor:
-    """The ``budget`` slots that each row wants most, ``[R, H_kv, B]``, ascending.
+    """The ``budget`` slots that each row wants most by ``wanted``, see :func:`scores`: ``[R, H_kv, B]``, ascending.
 
     First those of :func:`keep_first`, then by :func:`pooled` scores.
     """
-    ranking = pooled(scores(q, k, scale, softcap), seen, pool, heads)
-    return select(keep_first(ranking, seen, sinks, recent), budget)
+    return select(keep_first(pooled(wanted, seen, pool, heads), seen, sinks, recent), budget)
 
 
 def pooled(wanted: Tensor, seen: Visible, pool: Literal["mean", "max"], heads: Literal["kv", "all"]) -> Tensor:

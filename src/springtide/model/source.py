@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -157,15 +157,19 @@ def check_finite(path: Path, model: PreTrainedModel) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Progress bars of what is fetched and loaded on a terminal only."""
-    if sys.stderr.isatty() or are_progress_bars_disabled():
+    """Progress bars of what is fetched and loaded on a terminal only; they are left as they were set."""
+    if sys.stderr.isatty():
         yield
         return
-    logging.disable_progress_bar()  # those of the hub with it
+    own, hubs = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # and the hub's
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        if own:
+            logging.enable_progress_bar()  # and the hub's
+        if hubs != own:
+            (enable_progress_bars if hubs else disable_progress_bars)()
 
 
 def _check_folder(folder: Path) -> None:

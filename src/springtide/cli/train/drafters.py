@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,15 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from springtide.cli.inputs import (
-    LAST_SEED,
-    Device,
-    Dtype,
-    Json,
-    Model,
-    Revision,
-    load_engine,
-)
+from springtide.cli.inputs import LAST_SEED, Json, Model
 from springtide.cli.show import resumable
 from springtide.errors import SpringtideError
 from springtide.files import EXCERPT
@@ -39,8 +30,7 @@ class Training:
     """The options of every drafter's training."""
 
     out: Annotated[Path, typer.Option(help="Folder for the drafter, its checkpoint, log and curves.")]
-    model: Model = "pocket"
-    revision: Revision = None
+    model: Model
     data: Annotated[
         str,
         typer.Option(
@@ -63,26 +53,8 @@ class Training:
         int, typer.Option(min=0, max=LAST_SEED, help="Seed of the order of the data, and of what the model writes.")
     ] = 0
     json_file: Json = None
-    device: Device = None
-    dtype: Dtype = None
 
 
-def _trains(verb: Callable[..., None]) -> Callable[..., None]:
-    """A verb whose first parameter, a :class:`Training`, becomes options beside those of the parameters after it."""
-    shared = inspect.signature(Training, eval_str=True).parameters
-    own = list(inspect.signature(verb, eval_str=True).parameters.values())[1:]
-
-    def command(**given: Any) -> None:
-        verb(Training(**{name: given.pop(name) for name in shared}), **given)
-
-    options = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in [*shared.values(), *own]]
-    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
-    command.__annotations__ = {option.name: option.annotation for option in options}
-    command.__doc__ = verb.__doc__
-    return command
-
-
-@_trains
 def medusa(training: Training, heads: HeadCount = 3, full: FullHeads = True) -> None:
     """Train Medusa heads beside the frozen model; the same command goes on where an earlier one stopped."""
     from springtide.training.medusa import MedusaObjective
@@ -91,7 +63,6 @@ def medusa(training: Training, heads: HeadCount = 3, full: FullHeads = True) -> 
     _train(training, lambda target: MedusaObjective(target, heads, lm_head=kind), heads=heads, full=full)
 
 
-@_trains
 def medusa2(
     training: Training,
     heads: HeadCount = 3,
@@ -125,7 +96,6 @@ def medusa2(
     )
 
 
-@_trains
 def hidden_transfer(
     training: Training,
     steps_ahead: Annotated[int, typer.Option(min=1, max=8, help="Tokens to guess ahead.")] = 3,
@@ -159,9 +129,9 @@ def _train(training: Training, build: Callable[[Stack], Objective], **own: Any) 
     check_target(training.json_file)
     if training.data != "self" and training.text is not None:
         raise SpringtideError("--text is what `--data self` begins with; give one of the two only.")
-    accelerator = new_accelerator(as_device(training.device))
-    device = training.device or str(accelerator.device)
-    engine = load_engine(training.model, device, training.dtype, training.revision)
+    accelerator = new_accelerator(as_device(training.model.device))
+    device = training.model.device or str(accelerator.device)
+    engine = replace(training.model, device=device).load()
     make_folder(training.out)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with resumable(training.out):
