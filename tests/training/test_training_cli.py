@@ -93,7 +93,7 @@ def test_ctrl_c_and_the_same_command(train, tmp_path, monkeypatch, caplog):
     step = Trainer.step
 
     def step_and_interrupt(self):
-        if self.done_steps == 1:
+        if self.progress.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self)
 
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_other_options(train):
         (["--heads", 2], "belongs to another --heads"),
         (["--shared"], "belongs to another --full"),
         (["--steps", 4, "--batch", 2, "--length", 32], "belongs to another --steps"),
-        (["--steps", 3, "--batch", 2, "--length", 64], "belongs to another --data"),
+        (["--steps", 3, "--batch", 2, "--length", 64], "belongs to another data set"),
     ):
         train("medusa", *changed).refused(message, "choose another --out folder")
 

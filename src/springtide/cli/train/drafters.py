@@ -152,6 +152,7 @@ def _train(training: Training, build: Callable[[Stack], Objective], **own: Any) 
 
     from springtide.evaluation.report import check_target, print_table, write_json
     from springtide.loading import as_device
+    from springtide.training.progress import Steps
     from springtide.training.running import make_folder
     from springtide.training.trainer import Trainer, new_accelerator, train
     from springtide.training.windows import training_windows
@@ -175,7 +176,7 @@ def _train(training: Training, build: Callable[[Stack], Objective], **own: Any) 
             objective,
             windows,
             training.out,
-            steps=training.steps,
+            Steps(training.steps),
             batch=training.batch,
             lr=training.lr,
             seed=training.seed,
