@@ -69,7 +69,7 @@ def test_train(train, run, folder, tmp_path, verb, options, drafter, steps, para
     accuracy = find_drafter(tmp_path / "out", folder).accuracy
     assert accuracy == result["accuracy"]
     text = run("generate", "The ship", "--model", folder, "--draft", tmp_path / "out", "--max-tokens", 8)
-    assert (text.code, text.err) == (0, "")
+    assert text.code == 0 and ("adapter is merged" in text.err if drafter == "medusa2" else text.err == "")
 
 
 def test_transfers_are_spread_over_the_upper_half(train, folder, tmp_path):
