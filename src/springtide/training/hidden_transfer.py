@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from springtide.drafting.hidden_transfer import HiddenTransfer
 from springtide.model.stack import Stack, scaled
 from springtide.training.progress import Steps
+from springtide.training.trainer import MOST_NORM
 from springtide.training.windows import Windows
 
 DECAY = 0.8  # weight of a step's loss, relative to the step before
@@ -27,7 +28,6 @@ ANCHORS = 64  # rows of a window that get pseudo rows
 GUESSES = 10  # best guesses of a step whose accuracy is measured
 BATCH = 8  # windows that are measured at a time
 LEARNING_RATE = 1.28  # divided by the hidden size: what a step changes in a product grows with the matrix's width
-MOST_NORM = 1.0  # longer gradients are clipped, in a sweep
 
 
 @dataclass(frozen=True)
