@@ -18,6 +18,7 @@ from springtide.errors import SpringtideError
 from springtide.loading import load
 from springtide.model.stack import Stack
 from springtide.training.medusa import DECAY, Medusa2Objective, MedusaObjective
+from springtide.training.progress import Steps
 from tiny import random_tokens, tiny
 
 LENGTH, HEADS = 20, 3
@@ -47,7 +48,7 @@ def medusa1(name="qwen3", dtype=torch.float64, **options):
 
 def medusa2(name="qwen3", dtype=torch.float64, steps=8, **options):
     pytest.importorskip("peft")
-    return Medusa2Objective(stack(name, dtype), steps, HEADS, **options)
+    return Medusa2Objective(stack(name, dtype), Steps(steps), HEADS, **options)
 
 
 @torch.no_grad()
@@ -77,12 +78,13 @@ def naive_loss(objective, tokens=TOKENS):
 
 def train(objective, tokens, steps):
     optimizer = torch.optim.AdamW(objective.parameter_groups(), weight_decay=0.0)
-    losses = []
+    progress, losses = getattr(objective, "progress", Steps(steps)), []
     for _ in range(steps):
         loss, metrics = objective.loss(tokens)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        progress.step += 1
         losses.append((loss.item(), metrics))
     return losses
 
@@ -181,6 +183,7 @@ def test_heads_come_first_then_all():
     objective = medusa2(steps=8)
     heads, adapter = ([*group["params"]] for group in objective.parameter_groups())
     for step in range(8):
+        objective.progress.step = step
         loss, metrics = objective.loss(TOKENS)
         loss.backward()
         assert all(parameter.grad is not None for parameter in heads)
@@ -205,7 +208,7 @@ def test_every_linear_layer_of_the_target_is_adapted_and_its_heads_learn_faster(
 
 def test_the_joint_loss_adds_the_targets_own():
     objective = perturbed(medusa2())
-    objective.step = 2
+    objective.progress.step = 2
     loss, metrics = objective.loss(TOKENS)
     with torch.no_grad():
         own = F.cross_entropy(objective.model(TOKENS).logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
@@ -223,7 +226,7 @@ def gradients(objective, loss):
 @pytest.mark.parametrize(("given", "weight"), [(None, 0.2), (0.0, 0.0), (0.5, 0.5)])
 def test_the_target_learns_what_heads_ask_of_it_at_their_weight_and_heads_at_full_weight(given, weight):
     objective = perturbed(medusa2(heads_weight=given))
-    objective.step = 2
+    objective.progress.step = 2
     loss, _ = objective.loss(TOKENS)
     hidden = objective.read(TOKENS)
     own = F.cross_entropy(objective.decode(hidden)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
@@ -236,11 +239,11 @@ def test_the_target_learns_what_heads_ask_of_it_at_their_weight_and_heads_at_ful
 @pytest.mark.parametrize(("given", "weight"), [(None, 0.01), (0.3, 0.3)])
 def test_distilled_text_keeps_the_targets_distribution(given, weight):
     objective, original = medusa2(distilled=True, heads_weight=given), stack().model
-    objective.step = 5
+    objective.progress.step = 5
     loss, metrics = objective.loss(TOKENS)
     assert metrics["loss_lm"] == pytest.approx(0, abs=1e-12), "a fresh adapter changes nothing"
     perturbed(objective)
-    objective.step = 5  # of 8, the first 2 for the heads: half of the others are over
+    objective.progress.step = 5  # of 8, the first 2 for the heads: half of the others are over
     loss, metrics = objective.loss(TOKENS)
     with torch.no_grad():
         was, now = (model(TOKENS).logits.log_softmax(-1) for model in (original, objective.model))
@@ -266,7 +269,7 @@ def test_a_resumed_run_goes_on_as_it_was():
     train(first, TOKENS, 4)
     second = medusa2(dtype=torch.float32)
     second.load_state_dict(deepcopy(first.state_dict()))
-    assert second.step == 4
+    second.progress.load_state_dict(first.progress.state_dict())
     assert first.loss(TOKENS)[1] == second.loss(TOKENS)[1]
 
 
@@ -292,7 +295,7 @@ def test_the_adapter_is_saved_in_pefts_format(tmp_path):
 
 def test_a_saved_drafter_brings_its_adapter_to_the_loaded_model(tmp_path):
     folder = save_model(tmp_path / "model")
-    objective = Medusa2Objective(load(folder).stack, 4, HEADS, lr=3e-3)
+    objective = Medusa2Objective(load(folder).stack, Steps(4), HEADS, lr=3e-3)
     train(objective, CYCLE, 4)
     perturbed(objective)
     objective.calibrate(CYCLE)
@@ -310,4 +313,4 @@ def test_a_saved_drafter_brings_its_adapter_to_the_loaded_model(tmp_path):
 def test_without_peft_medusa_2_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SpringtideError, match=r"needs the package peft; run `pip install 'springtide\[train\]'`"):
-        Medusa2Objective(stack(), 4)
+        Medusa2Objective(stack(), Steps(4))

@@ -7,8 +7,9 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from springtide import facts
 from springtide.errors import SpringtideError
-from springtide.training import pocket
 from springtide.training.data import (
     ANSWER,
     BOOK_WEIGHT,
@@ -30,7 +30,9 @@ from springtide.training.data import (
     read_corpus,
     train_tokenizer,
 )
-from springtide.training.pocket import Curriculum, Progress, Recipe, Stage, Trainer
+from springtide.training.pocket import Curriculum, Recipe, Stage, new_trainer
+from springtide.training.progress import Minutes
+from springtide.training.trainer import Trainer, train
 
 SENTENCES = (
     "The ship left the harbour at dawn. Nobody saw it go! Was it the fog, or the hour? "
@@ -79,14 +81,15 @@ TINY = Recipe(
 )
 
 
-def ticks() -> Callable[[], float]:
+@pytest.fixture
+def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock in which every step takes one second."""
-    counter: Iterator[int] = itertools.count()
-    return lambda: float(next(counter))
+    clock = itertools.count()
+    monkeypatch.setattr("springtide.training.trainer.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
 
 
-def trainer(corpus: Corpus, out: Path, *, seconds: float = 8, seed: int = 1) -> Trainer:
-    return Trainer(corpus, out, minutes=seconds / 60, seed=seed, recipe=TINY, clock=ticks())
+def trainer(corpus: Corpus, out: Path, *, seconds: float = 8, **options) -> Trainer:
+    return new_trainer(corpus, out, TINY, minutes=seconds / 60, **{"seed": 1, **options})
 
 
 class TestCorpus:
@@ -161,126 +164,156 @@ class TestSamples:
     def test_batch_weights_average_each_objective(self, maker: SampleMaker) -> None:
         batch = maker.batch(16, 256, Mix(copying=0.3, facts=0.4))
         assert batch.weights.sum() == pytest.approx(3, abs=1e-3)
-        assert (batch.positions == np.arange(256)).all()
+        assert (batch.positions == torch.arange(256)).all()
 
     def test_gaps_keep_order_and_stay_within_the_spread(self, maker: SampleMaker) -> None:
         positions = maker.batch(32, 256, Mix(0, 0), spread=4096).positions
-        assert (np.diff(positions) >= 1).all()
+        assert (positions.diff() >= 1).all()
         assert positions.max() < 4096
         assert positions.max() > 1024
 
 
 class TestCurriculum:
-    def test_moves_on_when_recall_is_exact_or_time_is_up(self) -> None:
-        curriculum = Curriculum(TINY, seconds=100)
-        assert not curriculum.advance(Progress(elapsed=29, copied=1.0, exact={128: 1.0}))
-        assert not curriculum.advance(Progress(elapsed=31, copied=1.0, exact={128: 0.5}))
-        assert curriculum.advance(Progress(elapsed=31, copied=1.0, exact={128: 1.0}))
-        assert curriculum.advance(Progress(elapsed=51))
-        assert not curriculum.advance(Progress(stage=1, elapsed=99, copied=1.0, exact={256: 1.0}))
+    @pytest.mark.parametrize(
+        ("minutes", "state", "after"),
+        [
+            (29, {"copied": 1.0, "exact": {128: 1.0}}, 0),
+            (31, {"copied": 1.0, "exact": {128: 0.5}}, 0),
+            (31, {"copied": 0.5, "exact": {128: 1.0}}, 0),
+            (31, {"copied": 1.0, "exact": {128: 1.0}}, 1),
+            (51, {}, 1),
+            (99, {"stage": 1, "copied": 1.0, "exact": {256: 1.0}}, 1),
+        ],
+    )
+    def test_moves_on_when_recall_is_exact_or_time_is_up(
+        self, corpus: Corpus, tokenizer, minutes: float, state: dict, after: int
+    ) -> None:
+        progress = Minutes(100, warmup=1, final=0.0)
+        curriculum = Curriculum(TINY, corpus, tokenizer, progress)
+        curriculum.load_state_dict({**curriculum.state_dict(), **state})
+        progress.seconds = 60 * minutes
+        curriculum.advance()
+        assert curriculum.stage == after
+        assert curriculum.since == (minutes if after > state.get("stage", 0) else 0)
 
 
 class TestNetwork:
-    def test_equals_the_hugging_face_model(self, corpus: Corpus, tmp_path: Path) -> None:
-        subject = trainer(corpus, tmp_path)
-        subject.network.compute = torch.float32
-        batch = subject.maker.batch(2, 300, Mix(0.2, 0.5), spread=2000)
+    def test_equals_the_hugging_face_model(self, corpus: Corpus, maker: SampleMaker, tmp_path: Path) -> None:
+        objective = trainer(corpus, tmp_path).objective
+        objective.network.compute = torch.float32
+        batch = maker.batch(2, 300, Mix(0.2, 0.5), spread=2000)
         with torch.no_grad():
-            _, losses, _ = subject.network(batch)
+            _, losses, _ = objective.network(batch)
             # With a mask, transformers does not take the gaps for the borders of packed sequences.
-            logits = subject.model(
-                torch.from_numpy(batch.tokens[:, :-1]),
-                position_ids=torch.from_numpy(batch.positions),
+            logits = objective.model(
+                batch.tokens[:, :-1],
+                position_ids=batch.positions,
                 attention_mask=torch.ones(2, 300),
                 use_cache=False,
             ).logits
-        expected = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), torch.from_numpy(batch.tokens[:, 1:]), reduction="none"
-        )
+        expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")
         torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("ticks")
 class TestTraining:
     def test_exports_a_model_that_loads(self, corpus: Corpus, tmp_path: Path) -> None:
-        pocket.run(trainer(corpus, tmp_path), checkpoint_seconds=3, log_seconds=1)
+        subject = trainer(corpus, tmp_path)
+        train(subject, checkpoint_seconds=3, snapshot=tmp_path / "snapshot")
+        subject.objective.save(tmp_path)
         for folder in (tmp_path, tmp_path / "snapshot"):
             model = AutoModelForCausalLM.from_pretrained(folder)
             assert model.dtype == torch.bfloat16
             assert model.generation_config.eos_token_id == EOS
             assert len(AutoTokenizer.from_pretrained(folder)) == 640
-        records = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
         assert records[-1]["loss"] < records[0]["loss"]
         assert {record["length"] for record in records} >= {128, 256}
-        assert (tmp_path / "training.png").exists()
+        assert {name for record in records for name in record} >= {"loss_text", "top1_copies", "exact_128", "exact_256"}
+        assert all(record["tokens_per_second"] == 512 for record in records)
+        assert (tmp_path / "curves.png").exists()
 
     def test_ctrl_c_saves_and_the_resumed_run_equals_an_uninterrupted_one(
         self, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        whole, parts = tmp_path / "whole", tmp_path / "parts"
-        whole.mkdir()
-        parts.mkdir()
-        pocket.run(trainer(corpus, whole), checkpoint_seconds=100)
+        whole = trainer(corpus, tmp_path / "whole")
+        train(whole)
 
-        interrupted = trainer(corpus, parts)
+        interrupted = trainer(corpus, tmp_path / "parts")
         step = interrupted.step
 
         def step_and_interrupt() -> dict[str, float]:
-            record = step()
-            if record["step"] == 3:
+            if interrupted.progress.step == 5:
                 os.kill(os.getpid(), signal.SIGINT)
-            return record
+            return step()
 
         monkeypatch.setattr(interrupted, "step", step_and_interrupt)
         # A shell that starts the tests in the background has them ignore Ctrl-C.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with pytest.raises(KeyboardInterrupt):
-                pocket.run(interrupted)
-            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+                train(interrupted)
         finally:
             signal.signal(signal.SIGINT, before)
-        resumed = trainer(corpus, parts)
-        pocket.run(resumed, checkpoint_seconds=100)
-        assert resumed.progress.step == 8
-        assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+        resumed = trainer(corpus, tmp_path / "parts")
+        train(resumed)
+        assert (
+            resumed.progress.state_dict() == whole.progress.state_dict() == {"step": 8, "seconds": 8, "count": 8 * 512}
+        )
+        state, expected = (part.objective.state_dict() for part in (resumed, whole))
+        assert state["curriculum"] == expected["curriculum"]
+        assert state["curriculum"]["stage"] == 1
+        assert all(torch.equal(tensor, expected["model"][name]) for name, tensor in state["model"].items())
+
+    def test_a_finished_run_may_be_made_longer(self, corpus: Corpus, tmp_path: Path) -> None:
+        train(trainer(corpus, tmp_path, seconds=2))
+        longer = trainer(corpus, tmp_path, seconds=5, lr=0.01)
+        train(longer)
+        assert longer.progress.step == 5
+        assert longer.peak_lrs == pytest.approx([0.0015, 0.01])
 
     def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(self, corpus: Corpus, tmp_path: Path) -> None:
         subject = trainer(corpus, tmp_path)
         subject.step()
+        with torch.no_grad():
+            subject.objective.model.model.norm.weight.fill_(torch.nan)
         subject.save()
         before = subject.checkpoint.read_bytes()
-        with torch.no_grad():
-            subject.model.model.norm.weight.fill_(torch.nan)
-        with pytest.raises(SpringtideError, match="The loss is nan at step 1"):
-            pocket.run(subject_without_resume(subject))
+        with pytest.raises(
+            SpringtideError, match=r"The loss is nan at step 1: .* holds the last good state.*lower --lr"
+        ):
+            train(subject)
         assert subject.checkpoint.read_bytes() == before
 
-    def test_a_full_disk_keeps_the_last_checkpoint(
+    def test_a_full_disk_keeps_the_last_model(
         self, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         subject = trainer(corpus, tmp_path)
-        subject.save()
-        before = subject.checkpoint.read_bytes()
+        subject.objective.save(tmp_path)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         subject.step()
 
         def full(_: int) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(SpringtideError, match=r"checkpoint\.pt' cannot be written \(No space left on device\)"):
-            subject.save()
-        assert subject.checkpoint.read_bytes() == before
-        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+        with pytest.raises(SpringtideError, match=r"\(No space left on device\); make room there and run the same"):
+            subject.objective.save(tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
-    def test_a_foreign_or_broken_checkpoint_is_refused(self, corpus: Corpus, tmp_path: Path) -> None:
-        trainer(corpus, tmp_path, seed=1).save()
-        with pytest.raises(SpringtideError, match="belongs to another seed"):
+    def test_a_foreign_checkpoint_is_refused(self, corpus: Corpus, folder: Path, tmp_path: Path) -> None:
+        trainer(corpus, tmp_path).save()
+        with pytest.raises(SpringtideError, match="belongs to another --seed: "):
             trainer(corpus, tmp_path, seed=2).resume()
-        (tmp_path / "checkpoint.pt").write_bytes(b"half")
-        with pytest.raises(SpringtideError, match="cannot be read"):
-            trainer(corpus, tmp_path).resume()
+        with pytest.raises(SpringtideError, match="belongs to another data set: "):
+            trainer(read_corpus(folder, ["held.txt", "second.txt"]), tmp_path).resume()
+        with pytest.raises(SpringtideError, match="belongs to another recipe: "):
+            new_trainer(corpus, tmp_path, replace(TINY, spread=2048), minutes=1, seed=1).resume()
 
-
-def subject_without_resume(subject: Trainer) -> Trainer:
-    subject.resume = lambda: False  # type: ignore[method-assign]
-    return subject
+    def test_several_processes_are_refused(
+        self, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        two = SimpleNamespace(num_processes=2)
+        monkeypatch.setattr("springtide.training.pocket.new_accelerator", lambda _: two)
+        with pytest.raises(SpringtideError, match="One process trains the pocket model; run the command without"):
+            trainer(corpus, tmp_path)

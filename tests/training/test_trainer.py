@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import math
 import os
 import signal
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from springtide.errors import SpringtideError
 from springtide.training import running
+from springtide.training.progress import Minutes, Steps
 from springtide.training.trainer import MOST_NORM, Trainer, train
 from springtide.training.windows import Windows
 from tiny import tiny
@@ -67,7 +70,8 @@ COUNTING = Windows((torch.arange(40)[:, None] * 7 + torch.arange(16) * 5) % 97)
 
 
 def trainer(out: Path, objective: Toy | None = None, steps: int = 12, **options) -> Trainer:
-    return Trainer(objective or Toy(), options.pop("data", COUNTING), out, steps=steps, **{"batch": 4, **options})
+    data, progress = options.pop("data", COUNTING), options.pop("progress", Steps(steps))
+    return Trainer(objective or Toy(), data, out, progress, **{"batch": 4, **options})
 
 
 def test_it_learns_and_shows_it(tmp_path):
@@ -91,7 +95,10 @@ def test_it_learns_and_shows_it(tmp_path):
 class Pairs:
     """Numbers and their squares."""
 
-    unit, sample_size, digest = "numbers", 1, "squares"
+    unit, digest = "numbers", "squares"
+
+    def count(self, numbers):
+        return len(numbers)
 
     def batch(self, step, size, seed):
         numbers = torch.arange(step, step + size).float() / 10
@@ -113,11 +120,25 @@ def test_a_batch_of_several_tensors(tmp_path):
     assert (result["numbers"], result["held_out_numbers"]) == (12 * 4, 5)
 
 
+def test_a_metric_that_most_steps_lack(tmp_path):
+    objective = Toy()
+    loss = objective.loss
+    rare = {2: {"exact_128": 0.5}, 3: {"exact_128": 1.0}}
+    objective.loss = lambda tokens: (loss(tokens)[0], rare.get(objective.calls, {}))
+    subject = trainer(tmp_path, objective, steps=400)
+    recent = [subject.step() for _ in range(4)]
+    assert subject.figures(recent, {"seconds": 0, "count": 0})["exact_128"] == 0.75
+    train(trainer(tmp_path, objective, steps=5))
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(records) == 5 and not any("exact_128" in record for record in records)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_rate_warms_up_and_falls_to_nothing(tmp_path):
     subject = trainer(tmp_path, steps=60)
     scales = []
-    while not subject.done:
-        scales.append(subject.lr_scale)
+    while not subject.progress.done:
+        scales.append(subject.progress.lr_scale)
         subject.step()
         assert subject.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * scales[-1])
     assert scales[:3] == pytest.approx([1 / 3, 2 / 3, 1], abs=0.01)
@@ -156,7 +177,8 @@ def test_matrices_may_learn_with_muon(tmp_path):
 def test_long_gradients_are_clipped(tmp_path):
     objective = Toy()
     subject = trainer(tmp_path, objective)
-    for factor, expected in ((1e4, MOST_NORM), (1e-4, None)):
+    for factor, most, expected in ((1e4, MOST_NORM, MOST_NORM), (1e-4, MOST_NORM, None), (1e4, math.inf, None)):
+        subject.most_norm = most
         loss, _ = objective.loss(COUNTING.tokens)
         (factor * loss).backward()
         norm = subject._clip()
@@ -172,7 +194,7 @@ def interrupt(subject: Trainer, at: int) -> None:
     step = subject.step
 
     def step_and_interrupt():
-        if subject.done_steps == at - 1:
+        if subject.progress.step == at - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return step()
 
@@ -217,17 +239,46 @@ def test_a_finished_run_is_not_repeated(tmp_path):
 def test_checkpoints_come_in_time(tmp_path, monkeypatch):
     subject = trainer(tmp_path)
     saved = []
-    monkeypatch.setattr(subject, "save", lambda: saved.append(subject.done_steps))
+    monkeypatch.setattr(subject, "save", lambda: saved.append(subject.progress.step))
     step = subject.step
 
     def slow():
         record = step()
-        subject.elapsed = 60.0 * subject.done_steps
+        subject.progress.seconds = 60.0 * subject.progress.step
         return record
 
     monkeypatch.setattr(subject, "step", slow)
     train(subject, checkpoint_seconds=180)
     assert saved == [3, 6, 9, 12, 12]
+
+
+def test_snapshots_come_with_checkpoints(tmp_path, monkeypatch):
+    subject = trainer(tmp_path)
+    saved = []
+    monkeypatch.setattr(subject.objective, "save", lambda folder: saved.append((folder, subject.checkpoint.exists())))
+    train(subject, checkpoint_seconds=1e9, snapshot=tmp_path / "snapshot")
+    assert saved == []
+    subject = trainer(tmp_path / "again", subject.objective)
+    train(subject, checkpoint_seconds=0, snapshot=tmp_path / "snapshot")
+    assert saved == [(tmp_path / "snapshot", True)] * 12
+
+
+def test_a_run_of_minutes_goes_on_and_may_be_made_longer(tmp_path, monkeypatch, caplog):
+    clock = itertools.count()
+    monkeypatch.setattr("springtide.training.trainer.time", SimpleNamespace(monotonic=lambda: 6.0 * next(clock)))
+    caplog.set_level(logging.INFO)
+
+    def run(minutes):
+        subject = trainer(tmp_path, progress=Minutes(minutes, warmup=1, final=0.0))
+        train(subject)
+        return subject.progress.state_dict()
+
+    assert run(0.5) == {"step": 5, "seconds": 30, "count": 5 * 4 * 16}
+    assert run(0.5)["step"] == 5
+    assert run(1.0) == {"step": 10, "seconds": 60, "count": 10 * 4 * 16}
+    assert "continuing at step 5, minute 0.5 of 1" in caplog.text
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["tokens_per_second"]) for record in records] == [(n, 11) for n in range(1, 11)]
 
 
 def test_what_was_logged_after_the_checkpoint_is_forgotten(tmp_path):
@@ -249,17 +300,17 @@ def test_another_rate_may_go_on_but_nothing_else(tmp_path):
     for changed, message in (
         ({"steps": 13}, "belongs to another --steps: choose another --out"),
         ({"batch": 2, "seed": 1}, "belongs to another --batch and --seed"),
-        ({"data": Windows(COUNTING.tokens[:30])}, "belongs to another --data"),
+        ({"data": Windows(COUNTING.tokens[:30])}, "belongs to another data set"),
         ({"options": {"--heads": 4}}, "belongs to another --heads"),
     ):
         with pytest.raises(SpringtideError, match=message):
             trainer(tmp_path, **{"options": {"--heads": 3}, **changed}).resume()
     other = trainer(tmp_path, Toy(lr=0.01), options={"--heads": 3})
     other.resume()
-    expected = 0.01 * other.lr_scale
+    expected = 0.01 * other.progress.lr_scale
     other.step()
     assert other.optimizers[0].param_groups[0]["lr"] == pytest.approx(expected)
-    assert other.done_steps == 2
+    assert other.progress.step == 2
     subject.checkpoint.write_bytes(b"half")
     with pytest.raises(SpringtideError, match=r"checkpoint.pt cannot be read: delete it to start anew"):
         trainer(tmp_path).resume()
@@ -289,6 +340,22 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path, spoil, me
         train(subject)
     assert subject.checkpoint.read_bytes() == before
     assert torch.equal(objective.head.weight, weight)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    subject = trainer(tmp_path)
+    subject.save()
+    before = subject.checkpoint.read_bytes()
+    subject.step()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SpringtideError, match=r"checkpoint\.pt' cannot be written \(No space left on device\)"):
+        subject.save()
+    assert subject.checkpoint.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_a_loss_that_is_not_finite_from_the_start(tmp_path):

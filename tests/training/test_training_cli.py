@@ -69,7 +69,7 @@ def test_train(train, run, folder, tmp_path, verb, options, drafter, steps, para
     accuracy = find_drafter(tmp_path / "out", folder).accuracy
     assert accuracy == result["accuracy"]
     text = run("generate", "The ship", "--model", folder, "--draft", tmp_path / "out", "--max-tokens", 8)
-    assert (text.code, text.err) == (0, "")
+    assert text.code == 0 and ("adapter is merged" in text.err if drafter == "medusa2" else text.err == "")
 
 
 def test_transfers_are_spread_over_the_upper_half(train, folder, tmp_path):
@@ -93,7 +93,7 @@ def test_ctrl_c_and_the_same_command(train, tmp_path, monkeypatch, caplog):
     step = Trainer.step
 
     def step_and_interrupt(self):
-        if self.done_steps == 1:
+        if self.progress.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self)
 
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_other_options(train):
         (["--heads", 2], "belongs to another --heads"),
         (["--shared"], "belongs to another --full"),
         (["--steps", 4, "--batch", 2, "--length", 32], "belongs to another --steps"),
-        (["--steps", 3, "--batch", 2, "--length", 64], "belongs to another --data"),
+        (["--steps", 3, "--batch", 2, "--length", 64], "belongs to another data set"),
     ):
         train("medusa", *changed).refused(message, "choose another --out folder")
 

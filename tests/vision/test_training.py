@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from springtide.errors import SpringtideError
+from springtide.training.progress import Steps
 from springtide.training.running import make_folder
 from springtide.training.trainer import Trainer, train
 from springtide.vision import images
@@ -61,7 +62,7 @@ def labels_objective(**options) -> LabelsObjective:
 
 
 def trainer(out, objective, steps=60) -> Trainer:
-    return Trainer(objective, Ahead(Bars()), out, steps=steps, batch=16)
+    return Trainer(objective, Ahead(Bars()), out, Steps(steps), batch=16)
 
 
 # -- objectives ----------------------------------------------------------------------------------------------------

@@ -10,10 +10,13 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from springtide import facts
@@ -114,24 +117,23 @@ class Sample:
     digit_starts: list[int]
 
 
-@dataclass
-class Batch:
-    """`tokens [B, T + 1]`, `weights [B, T]` of the targets `tokens[:, 1:]`, `positions [B, T]`.
+class Batch(NamedTuple):
+    """`tokens [B, T + 1]`, `positions [B, T]`, `weights [B, T]` of the targets `tokens[:, 1:]`.
 
-    The weights of each objective present sum to one. `answers [N, 2]` holds row and target index of each answer's
-    first digit; `copies` and `text [B, T]` mark the supervised targets of those objectives.
+    The weights of each objective present sum to one. `answers`, `copies` and `text [B, T]`, bool, mark targets: the
+    first digit of each answer, and those supervised by these objectives.
     """
 
-    tokens: Ints
-    weights: Floats
-    positions: Ints
-    answers: Ints
-    copies: npt.NDArray[np.bool_]
-    text: npt.NDArray[np.bool_]
+    tokens: Tensor
+    positions: Tensor
+    weights: Tensor
+    answers: Tensor
+    copies: Tensor
+    text: Tensor
 
     @property
     def length(self) -> int:
-        return int(self.positions.shape[1])
+        return self.positions.shape[1]
 
     @property
     def gaps(self) -> bool:
@@ -203,7 +205,7 @@ class _Wording:
 
 
 class SampleMaker:
-    """Draws samples; all randomness comes from `rng`, whose state is what a resume needs."""
+    """Draws samples; all randomness comes from `rng`."""
 
     def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -227,15 +229,12 @@ class SampleMaker:
         for objective in (TEXT, ANSWER, COPY):
             members = objectives == objective
             weights[members] /= max(float(weights[members].sum()), 1e-6)
-        answers = [(row, start - 1) for row, sample in enumerate(samples) for start in sample.digit_starts]
-        return Batch(
-            tokens=tokens,
-            weights=weights,
-            positions=np.stack([self._positions(length, spread) for _ in range(size)]),
-            answers=np.array(answers, dtype=np.int64).reshape(-1, 2),
-            copies=(objectives == COPY) & supervised,
-            text=(objectives == TEXT) & supervised,
-        )
+        answers = np.zeros_like(supervised)
+        for row, sample in enumerate(samples):
+            answers[row, np.array(sample.digit_starts, dtype=np.int64) - 1] = True
+        positions = np.stack([self._positions(length, spread) for _ in range(size)])
+        copies, text = (objectives == COPY) & supervised, (objectives == TEXT) & supervised
+        return Batch(*map(torch.from_numpy, (tokens, positions, weights, answers, copies, text)))
 
     def _positions(self, length: int, spread: int) -> Ints:
         """Positions with 1-4 random gaps (PoSE, Zhu et al. 2023): long distances at the cost of short samples."""

@@ -19,7 +19,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from springtide.drafting.hidden_transfer import HiddenTransfer
 from springtide.model.stack import Stack, scaled
-from springtide.training.running import lr_scale
+from springtide.training.progress import Steps
+from springtide.training.trainer import MOST_NORM
 from springtide.training.windows import Windows
 
 DECAY = 0.8  # weight of a step's loss, relative to the step before
@@ -27,8 +28,6 @@ ANCHORS = 64  # rows of a window that get pseudo rows
 GUESSES = 10  # best guesses of a step whose accuracy is measured
 BATCH = 8  # windows that are measured at a time
 LEARNING_RATE = 1.28  # divided by the hidden size: what a step changes in a product grows with the matrix's width
-WARMUP = 0.05  # share of the steps, in a sweep
-MOST_NORM = 1.0  # longer gradients are clipped, in a sweep
 
 
 @dataclass(frozen=True)
@@ -232,11 +231,11 @@ def sweep(
     objectives = [HiddenTransferObjective(target, [layer] * ahead) for layer in layers]
     groups = [group for objective in objectives for group in objective.parameter_groups()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    warmup = max(1, round(WARMUP * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_scale(step, warmup, step / steps, 0.0))
+    progress = Steps(steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: progress.lr_scale)
     torch.manual_seed(0)
-    for step in range(steps):
-        (tokens,) = windows.batch(step, batch, seed=0)
+    while not progress.done:
+        (tokens,) = windows.batch(progress.step, batch, seed=0)
         real, anchors = Reading.of(target.model, tokens), objectives[0].random_anchors(tokens.shape[1])
         for objective in objectives:
             loss, _ = objective.loss_of(real, anchors)
@@ -244,6 +243,7 @@ def sweep(
             nn.utils.clip_grad_norm_([objective.weight, objective.bias], MOST_NORM)
         optimizer.step()
         optimizer.zero_grad()
+        progress.step += 1
         schedule.step()
         yield None
     found: list[Swept] = []

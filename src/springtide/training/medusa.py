@@ -20,6 +20,7 @@ from springtide.drafting.medusa import Heads, Medusa
 from springtide.errors import SpringtideError
 from springtide.files import filling
 from springtide.model.stack import Stack, scaled
+from springtide.training.progress import Progress
 
 DECAY = 0.8  # weight of a head's loss, relative to the head before
 GUESSES = 10  # best guesses of a head that are counted
@@ -136,7 +137,7 @@ class Medusa2Objective(MedusaObjective):
 
     Args:
         target: the model, whose layers are replaced by ones that add the adapter.
-        steps: how many there will be, the first quarter of them for the heads.
+        progress: of the run, the first quarter of which is for the heads.
         distilled: the text was written by the target, which then learns its own former distribution instead of it.
         heads_weight: of the heads' loss in the target's, ``lambda_0``: more makes the target easier to guess, and less
             like itself (default: the paper's 0.2, or 0.01 for distilled text).
@@ -149,7 +150,7 @@ class Medusa2Objective(MedusaObjective):
     def __init__(
         self,
         target: Stack,
-        steps: int,
+        progress: Progress,
         heads: int = 4,
         layers: int = 1,
         lm_head: Literal["full", "shared"] = "full",
@@ -168,25 +169,23 @@ class Medusa2Objective(MedusaObjective):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in an old way
             self.adapted = get_peft_model(self.model, config)
-        self.steps = steps
+        self.progress = progress
         self.distilled = distilled
         default = DISTILLED_WEIGHT if distilled else HEADS_WEIGHT
         self.heads_weight = default if heads_weight is None else heads_weight
-        self.step = 0
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         adapter = [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
         return [*super().parameter_groups(), {"params": adapter, "lr": BACKBONE_LR * self.lr}]
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "adapter": self._adapter(), "step": self.step}
+        return {**super().state_dict(), "adapter": self._adapter()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         from peft import set_peft_model_state_dict
 
         super().load_state_dict(state)
         set_peft_model_state_dict(self.adapted, dict(state["adapter"]))
-        self.step = state["step"]
 
     def _adapter(self) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict
@@ -204,15 +203,14 @@ class Medusa2Objective(MedusaObjective):
             (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2, default=sorted))
 
     def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """The heads' loss at first, then ``L_LM + lambda_0 * sum_k 0.8^k CE_k``; one step of training a call.
+        """The heads' loss at first, then ``L_LM + lambda_0 * sum_k 0.8^k CE_k``.
 
         For distilled text ``L_LM`` is ``KL(original || adapted)``, the original being the target without its adapter,
         and ``lambda_0`` is reached by a quarter of a sine.
         ``lambda_0`` weighs what the heads ask of the target. They themselves learn at full weight: AdamW's steps would
         be the same in the long run, but at a weight that falls they stand still.
         """
-        share = (self.step / self.steps - HEADS_FIRST) / (1 - HEADS_FIRST)
-        self.step += 1
+        share = (self.progress.share - HEADS_FIRST) / (1 - HEADS_FIRST)
         if share < 0:
             return super().loss(tokens)
         hidden = self.read(tokens)

@@ -11,9 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +21,14 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from springtide.errors import SpringtideError
 from springtide.files import filling
 from springtide.training.data import BOS, DIGITS, EOS, Batch, Corpus, Mix, SampleMaker, read_corpus, train_tokenizer
-from springtide.training.running import (
-    AGAIN,
-    draw,
-    interruption,
-    load_checkpoint,
-    lr_scale,
-    make_folder,
-    progress_bar,
-    read_records,
-    record,
-    rewind,
-    save_checkpoint,
-)
+from springtide.training.progress import Minutes, Progress
+from springtide.training.running import AGAIN, make_folder
+from springtide.training.trainer import Trainer, new_accelerator, train
 
 log = logging.getLogger(__name__)
 
@@ -191,10 +180,7 @@ class Network:
             self.head = torch.compile(_head, dynamic=False)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        device = self.frequencies.device
-        tokens = torch.from_numpy(batch.tokens).to(device)
-        positions = torch.from_numpy(batch.positions).to(device)
-        weights = torch.from_numpy(batch.weights).to(device)
+        tokens, positions, weights, *_ = batch
         angles = positions[:, None, :, None].float() * self.frequencies
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos().to(self.compute), angles.sin().to(self.compute)
@@ -209,22 +195,6 @@ class Network:
 # -- curriculum ------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Progress:
-    """Where training stands; all of it is saved and resumed."""
-
-    step: int = 0
-    tokens: int = 0
-    elapsed: float = 0.0
-    stage: int = 0
-    stage_started: float = 0.0
-    copied: float = 0.0
-    text_loss: float = math.nan
-    # Running exact match of answers by length, for plain positions and for positions with gaps.
-    exact: dict[int, float] = field(default_factory=dict)
-    exact_gaps: dict[int, float] = field(default_factory=dict)
-
-
 def _running(old: float, new: float, count: int, memory: int) -> float:
     """Exponential average over about the last `memory` observations, after `count` more with mean `new`."""
     keep = (1 - 1 / memory) ** count
@@ -232,205 +202,171 @@ def _running(old: float, new: float, count: int, memory: int) -> float:
 
 
 class Curriculum:
-    """Chooses length, mix and positions of each batch, and moves on when recall is exact."""
+    """The data: chooses length, mix and positions of each batch, and moves on when recall is exact.
 
-    def __init__(self, recipe: Recipe, seconds: float) -> None:
-        self.recipe = recipe
-        self.seconds = seconds
+    Attributes:
+        stage, since: what is learnt now, and how much of the run was over when that began.
+        copied: running accuracy of copies.
+        exact: running exact match of answers by length, where positions have no gaps.
+    """
 
-    def advance(self, progress: Progress) -> bool:
-        """Move `progress` to the next stage if its time has come."""
-        stage = self.recipe.stages[progress.stage]
-        share = (progress.elapsed - progress.stage_started) / self.seconds
-        learnt = progress.exact.get(stage.length, 0.0) > EXACT and progress.copied > 0.9
-        last = progress.stage + 1 == len(self.recipe.stages)
-        if last or share < stage.least or (share < stage.most and not learnt):
-            return False
-        progress.stage += 1
-        progress.stage_started = progress.elapsed
-        return True
+    unit = "tokens"
 
-    def draw(self, progress: Progress, maker: SampleMaker) -> Batch:
-        stage = self.recipe.stages[progress.stage]
-        length = self._length(progress, maker.rng)
-        gaps = 256 <= length < self.recipe.stages[-1].length and maker.rng.random() < 0.5
+    def __init__(self, recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> None:
+        self.recipe, self.progress, self.digest = recipe, progress, corpus.digest
+        self.maker = SampleMaker(corpus, tokenizer, np.random.default_rng())
+        self.stage, self.since, self.copied = 0, 0.0, 0.0
+        self.exact: dict[int, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stage": self.stage, "since": self.since, "copied": self.copied, "exact": self.exact}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.stage, self.since, self.copied, self.exact = (state[k] for k in ("stage", "since", "copied", "exact"))
+
+    def count(self, tokens: Tensor) -> int:
+        return tokens[:, 1:].numel()
+
+    def batch(self, step: int, size: int, seed: int) -> Batch:
+        """Samples of about `size` tokens in all."""
+        self.advance()
+        self.maker.rng = np.random.default_rng((seed, step))
+        length = self._length(self.maker.rng)
+        gaps = 256 <= length < self.recipe.stages[-1].length and self.maker.rng.random() < 0.5
         # The longest samples come two at a time, so that few steps are without facts.
-        tokens = self.recipe.tokens_per_step if length < 8192 else 16384
-        size = max(1, round(tokens / length))
-        return maker.batch(size, length, stage.mix, spread=self.recipe.spread if gaps else 0)
+        tokens = size if length < 8192 else 16384
+        mix = self.recipe.stages[self.stage].mix
+        return self.maker.batch(max(1, round(tokens / length)), length, mix, spread=self.recipe.spread if gaps else 0)
 
-    def _length(self, progress: Progress, rng: np.random.Generator) -> int:
+    def advance(self) -> None:
+        """Move to the next stage if its time has come."""
+        stage = self.recipe.stages[self.stage]
+        share = (self.progress.passed - self.since) / self.progress.length
+        learnt = self.exact.get(stage.length, 0.0) > EXACT and self.copied > 0.9
+        last = self.stage + 1 == len(self.recipe.stages)
+        if not last and share >= stage.least and (learnt or share >= stage.most):
+            self.stage += 1
+            self.since = self.progress.passed
+            log.info("length %d", self.recipe.stages[self.stage].length)
+
+    def _length(self, rng: np.random.Generator) -> int:
         """Mostly the stage's length; else a shorter one, or a longer one once the last stage is mastered."""
         stages = self.recipe.stages
-        longest = stages[progress.stage].length
-        shorter = [stage.length for stage in stages[1 : progress.stage] if stage.length >= longest // 8]
+        longest = stages[self.stage].length
+        shorter = [stage.length for stage in stages[1 : self.stage] if stage.length >= longest // 8]
         draw = rng.random()
-        if progress.stage + 1 == len(stages) and progress.exact.get(longest, 0.0) > EXACT and draw < 0.1:
+        if self.stage + 1 == len(stages) and self.exact.get(longest, 0.0) > EXACT and draw < 0.1:
             return self.recipe.bonus_length
         if shorter and draw > 0.6:
             return int(rng.choice(shorter))
         return longest
 
+    def observe(self, batch: Batch, losses: Tensor, correct: Tensor) -> dict[str, float]:
+        """Take note of the targets' losses, and of which were right, `[B, T]`; returns metrics."""
+        metrics: dict[str, float] = {"length": batch.length}
+        if batch.text.any():
+            metrics["loss_text"] = losses[batch.text].mean().item()
+        if batch.copies.any():
+            metrics["top1_copies"] = share = correct[batch.copies].float().mean().item()
+            self.copied = _running(self.copied, share, int(batch.copies.sum()), 20000)
+        if batch.answers.any():
+            rows, starts = batch.answers.nonzero(as_tuple=True)
+            digits = correct[rows[:, None], starts[:, None] + torch.arange(DIGITS, device=rows.device)]
+            share = digits.all(1).float().mean().item()
+            if batch.gaps:
+                metrics[f"gaps_exact_{batch.length}"] = share
+            else:
+                metrics[f"exact_{batch.length}"] = share
+                self.exact[batch.length] = _running(self.exact.get(batch.length, 0.0), share, len(rows), 150)
+        return metrics
 
-# -- trainer ---------------------------------------------------------------------------------------------
+
+# -- objective -------------------------------------------------------------------------------------------
 
 
-class Trainer:
-    """Model, optimizers, data and progress, with everything that a checkpoint holds."""
+class PocketObjective:
+    """All that a sample holds: text, copies, and answers to questions, each weighing the same."""
+
+    name = "pocket"
+    accuracy = None
 
     def __init__(
-        self,
-        corpus: Corpus,
-        out: Path,
-        *,
-        minutes: float,
-        seed: int,
-        recipe: Recipe,
-        clock: Callable[[], float] = time.monotonic,
+        self, recipe: Recipe, device: torch.device, tokenizer: PreTrainedTokenizerFast, curriculum: Curriculum
     ) -> None:
-        self.out, self.recipe, self.seconds, self.clock = out, recipe, minutes * 60, clock
-        # As JSON, so that it compares equal after a round trip through the checkpoint.
-        recipe_fields = json.loads(json.dumps(asdict(recipe)))
-        self.identity = {"corpus": corpus.digest, "seed": seed, "recipe": recipe_fields}
-        self.tokenizer = train_tokenizer(corpus, recipe.vocab_size)
-        self.maker = SampleMaker(corpus, self.tokenizer, np.random.default_rng(seed))
-        torch.manual_seed(seed)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.recipe, self.tokenizer, self.curriculum = recipe, tokenizer, curriculum
         self.model = Qwen3ForCausalLM(recipe.model_config()).to(device)
         self.network = Network(self.model, recipe.compile)
-        self.optimizers, self.peak_lrs = self._optimizers()
-        self.curriculum = Curriculum(recipe, self.seconds)
-        self.progress = Progress()
 
-    def _optimizers(self) -> tuple[list[torch.optim.Optimizer], list[float]]:
-        embedding = self.model.model.embed_tokens.weight
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        embedding, recipe = self.model.model.embed_tokens.weight, self.recipe
         matrices = [p for p in self.model.parameters() if p.ndim == 2 and p is not embedding]
         others = [p for p in self.model.parameters() if p.ndim != 2 or p is embedding]
-        recipe = self.recipe
-        muon = torch.optim.Muon(
-            matrices,
-            lr=recipe.muon_lr,
-            weight_decay=recipe.muon_weight_decay,
-            momentum=0.95,
-            adjust_lr_fn="original",
-        )
-        adam = torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        return [muon, adam], [recipe.muon_lr, recipe.adam_lr]
+        return [
+            {"params": matrices, "lr": recipe.muon_lr, "weight_decay": recipe.muon_weight_decay, "muon": True},
+            {"params": others, "lr": recipe.adam_lr, "betas": (0.9, 0.95), "fused": True},
+        ]
 
-    @property
-    def done(self) -> bool:
-        return self.progress.elapsed >= self.seconds
+    def loss(self, *batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Of the tensors of a :class:`Batch`, with what the curriculum goes by; one step of training a call."""
+        parts = Batch(*batch)
+        loss, losses, correct = self.network(parts)
+        return loss, self.curriculum.observe(parts, losses, correct)
 
-    def step(self) -> dict[str, float]:
-        """One step of optimization; returns what the log records."""
-        started = self.clock()
-        progress = self.progress
-        batch = self.curriculum.draw(progress, self.maker)
-        loss, losses, correct = self.network(batch)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise SpringtideError(
-                f"The loss is {value} at step {progress.step}: training stopped, and {self.checkpoint} holds "
-                "the last good state; run the same command to try again from there, or take another seed."
-            )
-        loss.backward()  # type: ignore[no-untyped-call]
-        scale = self._lr_scale()
-        for optimizer, peak in zip(self.optimizers, self.peak_lrs, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * scale
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self._observe(batch, losses.cpu().numpy(), correct.cpu().numpy())
-        seconds = self.clock() - started
-        progress.step += 1
-        progress.tokens += batch.positions.size
-        progress.elapsed += seconds
-        return {
-            "step": progress.step,
-            "seconds": round(progress.elapsed, 2),
-            "tokens": progress.tokens,
-            "length": batch.length,
-            "gaps": batch.gaps,
-            "loss": round(value, 4),
-            "text_loss": round(progress.text_loss, 4),
-            "copied": round(progress.copied, 4),
-            "exact": round(self._exact(batch).get(batch.length, 0.0), 4),
-            "lr": round(scale, 4),
-            "tokens_per_second": round(batch.positions.size / max(seconds, 1e-6)),
-        }
+    def calibrate(self, *held_out: Tensor) -> None:
+        """There is no accuracy to measure: `springtide eval needle` does."""
 
-    def _lr_scale(self) -> float:
-        """Cosine over the share of time spent, after a short warm-up."""
-        progress, recipe = self.progress, self.recipe
-        return lr_scale(progress.step, recipe.warmup_steps, progress.elapsed / self.seconds, recipe.final_lr)
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "curriculum": self.curriculum.state_dict()}
 
-    def _exact(self, batch: Batch) -> dict[int, float]:
-        return self.progress.exact_gaps if batch.gaps else self.progress.exact
-
-    def _observe(self, batch: Batch, losses: np.ndarray, correct: np.ndarray) -> None:
-        """Update the running exact match, copying accuracy and text loss."""
-        progress = self.progress
-        if len(batch.answers):
-            rows, starts = batch.answers.T
-            digits = correct[rows[:, None], starts[:, None] + np.arange(DIGITS)]
-            exact, length = self._exact(batch), batch.length
-            exact[length] = _running(exact.get(length, 0.0), float(digits.all(1).mean()), len(digits), 150)
-        if batch.copies.any():
-            mean, count = float(correct[batch.copies].mean()), int(batch.copies.sum())
-            progress.copied = _running(progress.copied, mean, count, 20000)
-        if batch.text.any():
-            mean = float(losses[batch.text].mean())
-            old = mean if math.isnan(progress.text_loss) else progress.text_loss
-            progress.text_loss = _running(old, mean, int(batch.text.sum()), 200000)
-
-    # -- checkpoint ---------------------------------------------------------------------------------------
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.out / "checkpoint.pt"
-
-    def save(self) -> None:
-        """Write the checkpoint; whatever goes wrong, the previous one stays."""
-        state = {
-            "progress": asdict(self.progress),
-            "rng": self.maker.rng.bit_generator.state,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        save_checkpoint(self.checkpoint, self.identity, state)
-
-    def resume(self) -> bool:
-        """Load the checkpoint if there is one; it must come from the same corpus, seed and recipe."""
-        state = load_checkpoint(self.checkpoint, self.identity, self.model.device)
-        if state is None:
-            return False
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(moments)
-        self.maker.rng.bit_generator.state = state["rng"]
-        self.progress = Progress(**state["progress"])
-        return True
+        self.curriculum.load_state_dict(state["curriculum"])
 
-    def export(self, folder: Path) -> None:
+    def save(self, folder: Path) -> None:
         """Write the bf16 model and its tokenizer into `folder`, complete before they appear there."""
-        with filling(folder, AGAIN) as temporary:
-            self._write_model(temporary)
-
-    def _write_model(self, folder: Path) -> None:
         config = self.recipe.model_config()
         config.architectures, config.dtype = ["Qwen3ForCausalLM"], "bfloat16"
-        config.save_pretrained(folder)
-        GenerationConfig(bos_token_id=BOS, eos_token_id=EOS).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
         # The output head is the embedding.
         weights = {
             name: tensor.to("cpu", torch.bfloat16)
             for name, tensor in self.model.state_dict().items()
             if name != "lm_head.weight"
         }
-        (folder / "model.safetensors").write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
+        with filling(folder, AGAIN) as temporary:
+            config.save_pretrained(temporary)
+            GenerationConfig(bos_token_id=BOS, eos_token_id=EOS).save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+            content = safetensors.torch.save(weights, metadata={"format": "pt"})
+            (temporary / "model.safetensors").write_bytes(content)
 
 
-# -- the loop --------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------------
+
+
+def new_trainer(
+    corpus: Corpus, out: Path, recipe: Recipe, *, minutes: float, seed: int, lr: float | None = None
+) -> Trainer:
+    """The trainer of a pocket model; raises SpringtideError if accelerate is missing, and in one process of several."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if new_accelerator(device).num_processes > 1:  # each would go by its own time
+        raise SpringtideError("One process trains the pocket model; run the command without torchrun or accelerate.")
+    progress = Minutes(minutes, recipe.warmup_steps, recipe.final_lr)
+    tokenizer = train_tokenizer(corpus, recipe.vocab_size)
+    curriculum = Curriculum(recipe, corpus, tokenizer, progress)
+    torch.manual_seed(seed)  # initial weights are drawn from it
+    objective = PocketObjective(recipe, device, tokenizer, curriculum)
+    return Trainer(
+        objective,
+        curriculum,
+        out,
+        progress,
+        batch=recipe.tokens_per_step,
+        lr=lr,
+        most_norm=math.inf,
+        seed=seed,
+        # As JSON, so that it compares equal after a round trip through the checkpoint.
+        options={"recipe": json.loads(json.dumps(asdict(recipe)))},
+    )
 
 
 def train_pocket(
@@ -439,57 +375,17 @@ def train_pocket(
     *,
     minutes: float = 95,
     hold_out: Sequence[str] = HOLD_OUT,
+    lr: float | None = None,
     seed: int = 0,
 ) -> None:
     """Train the pocket model on the .txt files of `corpus` for `minutes` and write it to `out`.
 
-    The files named in `hold_out` are never read. If `out` holds a checkpoint of the same corpus and seed,
-    training continues from it; `out/snapshot` is a usable model at every checkpoint. Ctrl-C saves a checkpoint
-    before it interrupts.
+    The files named in `hold_out` are never read. If `out` holds a checkpoint of the same corpus and seed, training
+    continues from it, with another `lr` or more `minutes` if wanted; `out/snapshot` is a usable model at every
+    checkpoint. Ctrl-C saves a checkpoint before it interrupts.
     """
     books = read_corpus(corpus, hold_out)
     make_folder(out)
-    run(Trainer(books, out, minutes=minutes, seed=seed, recipe=Recipe()))
-
-
-def run(trainer: Trainer, checkpoint_seconds: float = 180, log_seconds: float = 30) -> None:
-    """Train until the time is up, then export the model and plot its curves."""
-    if trainer.resume():
-        log.info("continuing at step %d, minute %.1f", trainer.progress.step, trainer.progress.elapsed / 60)
-    records = trainer.out / "train_log.jsonl"
-    rewind(records, trainer.progress.step)
-    saved = logged = trainer.progress.elapsed
-    done, total = round(trainer.progress.elapsed / 60, 3), round(trainer.seconds / 60, 3)
-    form = "{l_bar}{bar}| {n:.1f}/{total:.0f} min {postfix}"
-    with interruption() as interrupted, progress_bar(total, done, "min", form) as bar:
-        while not trainer.done:
-            values = trainer.step()
-            elapsed = trainer.progress.elapsed
-            bar.update(round(elapsed / 60 - bar.n, 3))
-            if elapsed - logged >= log_seconds:
-                logged = elapsed
-                record(records, values, bar, ("length", "text_loss", "exact"))
-            if trainer.curriculum.advance(trainer.progress):
-                log.info("length %d", trainer.recipe.stages[trainer.progress.stage].length)
-            if interrupted.is_set():
-                trainer.save()
-                raise KeyboardInterrupt
-            if elapsed - saved >= checkpoint_seconds:
-                saved = elapsed
-                trainer.save()
-                trainer.export(trainer.out / "snapshot")
-    trainer.save()
-    trainer.export(trainer.out)
-    plot(records, trainer.out / "training.png")
-
-
-def plot(records: Path, picture: Path) -> None:
-    """Text loss, and exact match by length, over minutes."""
-    rows = read_records(records)
-    minutes = [row["seconds"] / 60 for row in rows]
-    exact = {"copying": (minutes, [row["copied"] for row in rows])}
-    for length in sorted({row["length"] for row in rows}):
-        plain = [row for row in rows if row["length"] == length and not row["gaps"]]
-        exact[str(length)] = ([row["seconds"] / 60 for row in plain], [row["exact"] for row in plain])
-    text = {"text": (minutes, [row["text_loss"] for row in rows])}
-    draw(picture, "minutes", {"text loss (nats a token)": text, "exact match": exact})
+    trainer = new_trainer(books, out, Recipe(), minutes=minutes, seed=seed, lr=lr)
+    train(trainer, snapshot=out / "snapshot")
+    trainer.objective.save(out)

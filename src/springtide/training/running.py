@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import math
 import signal
 import sys
 import threading
@@ -19,18 +18,13 @@ from tqdm import tqdm
 
 from springtide.errors import SpringtideError
 from springtide.files import replacing
+from springtide.training.progress import Progress
 
 log = logging.getLogger(__name__)
 
 AGAIN = "make room there and run the same command again; it continues from the last checkpoint"
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-
-
-def lr_scale(step: int, warmup: int, share: float, final: float) -> float:
-    """Cosine over the ``share`` of the run that is over, from 1 down to ``final``, after ``warmup`` linear steps."""
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-    return min(1.0, (step + 1) / warmup) * (final + (1 - final) * cosine)
 
 
 # -- files ----------------------------------------------------------------------------------------------------------
@@ -102,9 +96,11 @@ def interruption() -> Iterator[threading.Event]:
 # -- log ------------------------------------------------------------------------------------------------------------
 
 
-def progress_bar(total: float, done: float, unit: str, form: str | None = None, shown: bool = True) -> tqdm[Any]:
+def progress_bar(progress: Progress, shown: bool = True) -> tqdm[Any]:
     """A bar on standard error, off when that is no terminal."""
-    return tqdm(total=total, initial=done, unit=unit, bar_format=form, disable=not (shown and sys.stderr.isatty()))
+    form = "{l_bar}{bar}| {n:g}/{total:g} {unit} [{elapsed}<{remaining}{postfix}]"
+    disable = not (shown and sys.stderr.isatty())
+    return tqdm(total=progress.length, initial=progress.passed, unit=progress.unit, bar_format=form, disable=disable)
 
 
 def record(path: Path, values: Mapping[str, float], bar: tqdm[Any], shown: Sequence[str]) -> None:

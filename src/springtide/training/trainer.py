@@ -1,6 +1,7 @@
-"""One trainer for drafters and vision models: AdamW and Muon on accelerate, which goes on where it stopped.
+"""One trainer for all that is trained here: AdamW and Muon on accelerate, which goes on where it stopped.
 
-Data brings batches, of windows of tokens or of images; an objective brings what is trained, and a loss on a batch.
+Data brings batches, of tokens or of images; an objective brings what is trained, and a loss on a batch; progress says
+how long the run is.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from springtide.errors import SpringtideError
+from springtide.training.progress import Progress
 from springtide.training.running import (
     draw,
     interruption,
     load_checkpoint,
-    lr_scale,
     make_folder,
     progress_bar,
     read_records,
@@ -31,25 +33,23 @@ from springtide.training.running import (
 
 log = logging.getLogger(__name__)
 
-WARMUP = 0.05  # share of the steps
 MOST_NORM = 1.0  # longer gradients are clipped
-POINTS = 100  # of the curves
 CHECKPOINT_SECONDS = 180
+PANELS = {"loss": "loss", "top1": "top-1 accuracy", "exact": "exact match"}  # of the curves, by how a metric begins
 
 
 class Data(Protocol):
     """What there is to learn from: windows of tokens ``[B, T]``, or images and their labels.
 
-    ``batch`` gives the ``size`` samples of a step as tensors on the CPU; ``digest`` tells data apart. A sample counts
-    for ``sample_size`` of what is counted, the ``unit``: tokens, or images.
+    ``batch`` gives the ``size`` samples of a step as tensors ``[B, ...]`` on the CPU; ``digest`` tells data apart.
+    ``count`` says how much the first of these tensors holds of what is counted, the ``unit``: tokens, or images.
     """
 
     @property
     def unit(self) -> str: ...
     @property
-    def sample_size(self) -> int: ...
-    @property
     def digest(self) -> str: ...
+    def count(self, samples: Tensor, /) -> int: ...
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, ...]: ...
 
 
@@ -57,11 +57,11 @@ class Objective(Protocol):
     """What is learnt.
 
     ``model`` is what reads a batch: a frozen target, or what is trained. ``loss`` takes the tensors of a batch, on the
-    model's device, and gives the loss, a scalar, and metrics: those whose names begin with ``loss`` or ``top1`` are
-    drawn as curves. What it draws at random it draws from torch's default generator. ``parameter_groups`` are as AdamW
-    takes them, without weight decay unless they say so; those with ``"muon": True``, of matrices, are Muon's.
-    ``state_dict`` holds all that is trained. ``calibrate`` measures ``accuracy`` on data held out, and ``save`` writes
-    the result.
+    model's device, and gives the loss, a scalar, and metrics, which steps may lack: those whose names begin with
+    ``loss``, ``top1`` or ``exact`` are drawn as curves. What it draws at random comes from torch's default generator.
+    ``parameter_groups`` are as AdamW takes them, without weight decay unless they say so; those with ``"muon": True``,
+    of matrices, are Muon's. ``state_dict`` holds all that is trained. ``calibrate`` measures ``accuracy`` on data held
+    out, and ``save`` writes the result.
     """
 
     name: str
@@ -106,9 +106,11 @@ class Trainer:
     Every process of an ``accelerate launch`` takes its share of a batch, and gradients are averaged.
 
     Args:
-        data: in batches of ``batch`` samples for each of the ``steps`` steps.
+        data: in batches of ``batch`` samples a step.
         out: the folder of log, curves and checkpoint.
+        progress: how long the run is.
         lr: the highest learning rate (default: the objective's; its others are in proportion).
+        most_norm: longer gradients are clipped.
         seed: of the order of the data, and of what the objective draws.
         options: all else that tells this run from another: a checkpoint that has others is refused.
 
@@ -120,16 +122,17 @@ class Trainer:
         objective: Objective,
         data: Data,
         out: Path,
+        progress: Progress,
         *,
-        steps: int,
         batch: int,
         lr: float | None = None,
+        most_norm: float = MOST_NORM,
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.objective, self.data, self.out = objective, data, out
-        self.steps, self.batch, self.seed = steps, batch, seed
-        own = {"objective": objective.name, "--data": data.digest, "--steps": steps, "--batch": batch}
+        self.objective, self.data, self.out, self.progress = objective, data, out, progress
+        self.batch, self.most_norm, self.seed = batch, most_norm, seed
+        own = {"objective": objective.name, "data set": data.digest, **progress.identity, "--batch": batch}
         self.identity = {**own, "--seed": seed, **(options or {})}
         self.device = next(objective.model.parameters()).device
         self.accelerator = new_accelerator(self.device)
@@ -143,22 +146,16 @@ class Trainer:
         self.peak_lrs = [group["lr"] * (1.0 if lr is None else lr / highest) for group in groups]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in _optimizers(groups)]
-        self.done_steps = 0
-        self.elapsed = 0.0
-
-    @property
-    def done(self) -> bool:
-        return self.done_steps >= self.steps
 
     def step(self) -> dict[str, float]:
         """One step of optimization; returns the objective's metrics.
 
         All that it draws depends on seed and number of the step, so that a resumed run equals an uninterrupted one.
         """
-        started, accelerator = time.monotonic(), self.accelerator
-        torch.manual_seed(hash((self.seed, self.done_steps, accelerator.process_index)) & (2**63 - 1))
+        started, accelerator, progress = time.monotonic(), self.accelerator, self.progress
+        torch.manual_seed(hash((self.seed, progress.step, accelerator.process_index)) & (2**63 - 1))
         try:
-            batch = self.data.batch(self.done_steps, self.batch, self.seed)
+            batch = self.data.batch(progress.step, self.batch, self.seed)
         except SpringtideError:  # a file that cannot be read; once it is repaired, training goes on from here
             self.save()
             raise
@@ -170,18 +167,14 @@ class Trainer:
             raise SpringtideError(self._not_finite(value))
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group, peak in zip(groups, self.peak_lrs, strict=True):
-            group["lr"] = peak * self.lr_scale
+            group["lr"] = peak * progress.lr_scale
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        self.done_steps += 1
-        self.elapsed += time.monotonic() - started
+        progress.step += 1
+        progress.seconds += time.monotonic() - started
+        progress.count += self.data.count(batch[0])
         return {"loss": value, **metrics}
-
-    @property
-    def lr_scale(self) -> float:
-        """The next step's learning rate, as a share of the highest."""
-        return lr_scale(self.done_steps, max(1, round(WARMUP * self.steps)), self.done_steps / self.steps, final=0.0)
 
     def _clip(self) -> float:
         """Average the gradients over processes and clip them; returns their norm before."""
@@ -189,20 +182,19 @@ class Trainer:
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        return float(self.accelerator.clip_grad_norm_(self.parameters, MOST_NORM))
+        return float(self.accelerator.clip_grad_norm_(self.parameters, self.most_norm))
 
-    def figures(self, recent: Sequence[Mapping[str, float]], seconds: float) -> dict[str, float]:
-        """What the log records of the ``recent`` steps, which took ``seconds``: means of their metrics."""
+    def figures(self, recent: Sequence[Mapping[str, float]], since: Mapping[str, float]) -> dict[str, float]:
+        """What the log records of the ``recent`` steps, ``since`` which state of progress: means of their metrics."""
+        progress = self.progress
+        speed = (progress.count - since["count"]) / max(progress.seconds - since["seconds"], 1e-6)
+        names = dict.fromkeys(name for step in recent for name in step)
         return {
-            "step": self.done_steps,
-            "seconds": round(self.elapsed, 2),
-            f"{self.data.unit}_per_second": round(self._units(len(recent)) / max(seconds, 1e-6)),
-            **{name: round(sum(step[name] for step in recent) / len(recent), 4) for name in recent[0]},
+            "step": progress.step,
+            "seconds": round(progress.seconds, 2),
+            f"{self.data.unit}_per_second": round(speed),
+            **{name: round(fmean(step[name] for step in recent if name in step), 4) for name in names},
         }
-
-    def _units(self, steps: int) -> int:
-        """Tokens or images in as many steps."""
-        return steps * self.batch * self.data.sample_size
 
     def finish(self, *held_out: Tensor) -> dict[str, Any]:
         """Measure the accuracy on data held out, save the result, and return the fields of ``train --json``."""
@@ -210,9 +202,9 @@ class Trainer:
         self.objective.save(self.out)
         return {
             "parameters": sum(parameter.numel() for parameter in self.parameters),
-            self.data.unit: self._units(self.steps),
-            "seconds": round(self.elapsed, 2),
-            f"held_out_{self.data.unit}": len(held_out[0]) * self.data.sample_size,
+            self.data.unit: self.progress.count,
+            "seconds": round(self.progress.seconds, 2),
+            f"held_out_{self.data.unit}": self.data.count(held_out[0]),
             "accuracy": self.objective.accuracy,
         }
 
@@ -221,8 +213,8 @@ class Trainer:
         saved = f"{self.checkpoint} holds the last good state" if self.checkpoint.exists() else "nothing was saved yet"
         wide = next(self.objective.model.parameters()).dtype == torch.float32
         return (
-            f"{what} at step {self.done_steps}: training stopped, and {saved}; run the same command with a lower --lr, "
-            f"which goes on from there{'' if wide else ', or with --dtype float32'}."
+            f"{what} at step {self.progress.step}: training stopped, and {saved}; run the same command with a lower "
+            f"--lr, which goes on from there{'' if wide else ', or with --dtype float32'}."
         )
 
     # -- checkpoint -------------------------------------------------------------------------------------------------
@@ -234,8 +226,7 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint; whatever goes wrong, the previous one stays."""
         state = {
-            "step": self.done_steps,
-            "elapsed": self.elapsed,
+            "progress": self.progress.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
@@ -249,56 +240,59 @@ class Trainer:
             self.objective.load_state_dict(state["objective"])
             for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(moments)
-            self.done_steps, self.elapsed = state["step"], state["elapsed"]
-            log.info("continuing at step %d of %d", self.done_steps, self.steps)
+            self.progress.load_state_dict(state["progress"])
+            log.info("continuing at %s", self.progress)
 
 
-def train(trainer: Trainer, checkpoint_seconds: float = CHECKPOINT_SECONDS) -> None:
-    """Train to the last step, from the checkpoint in ``trainer.out`` if there is one.
+def train(trainer: Trainer, checkpoint_seconds: float = CHECKPOINT_SECONDS, snapshot: Path | None = None) -> None:
+    """Train to the end, from the checkpoint in ``trainer.out`` if there is one.
 
-    Writes ``log.jsonl``, ``curves.png`` and a checkpoint every few minutes there. Ctrl-C saves before it interrupts.
+    Writes ``log.jsonl``, ``curves.png`` and a checkpoint every few minutes there, with what the objective then saves in
+    the folder ``snapshot``. Ctrl-C saves before it interrupts.
     Raises SpringtideError for a checkpoint of another run and for a loss that is not finite.
     """
     make_folder(trainer.out)
     trainer.resume()
-    records, leads = trainer.out / "log.jsonl", trainer.accelerator.is_main_process
+    progress, records, leads = trainer.progress, trainer.out / "log.jsonl", trainer.accelerator.is_main_process
     if leads:
-        rewind(records, trainer.done_steps)
-    every = max(1, trainer.steps // POINTS)
+        rewind(records, progress.step)
     recent: list[dict[str, float]] = []
-    saved = logged = trainer.elapsed
-    with interruption() as interrupted, progress_bar(trainer.steps, trainer.done_steps, "step", shown=leads) as bar:
-        while not trainer.done:
+    saved, since = progress.seconds, progress.state_dict()
+    with interruption() as interrupted, progress_bar(progress, shown=leads) as bar:
+        while not progress.done:
+            points = progress.points
             recent.append(trainer.step())
-            bar.update()
-            if trainer.done_steps % every == 0 or trainer.done:
-                figures = trainer.figures(recent, trainer.elapsed - logged)
-                recent, logged = [], trainer.elapsed
+            bar.update(round(progress.passed - bar.n, 1))
+            if progress.points > points or progress.done:
+                figures = trainer.figures(recent, since)
+                recent, since = [], progress.state_dict()
                 if leads:
                     record(records, figures, bar, ("loss", f"{trainer.data.unit}_per_second"))
             if interrupted.is_set():
                 trainer.save()
                 raise KeyboardInterrupt
-            if trainer.elapsed - saved >= checkpoint_seconds:
-                saved = trainer.elapsed
+            if progress.seconds - saved >= checkpoint_seconds:
+                saved = progress.seconds
                 trainer.save()
+                if leads and snapshot:
+                    trainer.objective.save(snapshot)
     trainer.save()
     if leads:
         plot(records, trainer.out / "curves.png")
 
 
 def plot(records: Path, picture: Path) -> None:
-    """The losses, and the top-1 accuracies, over the steps of optimization."""
+    """The curves of the log, over the steps of optimization."""
     rows = read_records(records)
-    if not rows:
-        return
-    panels = {}
-    for label, prefix in (("loss", "loss"), ("top-1 accuracy", "top1")):
-        names = [name for name in rows[-1] if name.startswith(prefix)]
-        if names:
-            panels[label] = {name: _points([row for row in rows if name in row], name) for name in names}
-    draw(picture, "steps", panels)
+    names = dict.fromkeys(name for row in rows for name in row)
+    panels = {
+        label: {name: _points(rows, name) for name in names if name.startswith(prefix)}
+        for prefix, label in PANELS.items()
+    }
+    if rows:
+        draw(picture, "steps", {label: curves for label, curves in panels.items() if curves})
 
 
 def _points(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
-    return [row["step"] for row in rows], [row[name] for row in rows]
+    found = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in found], [value for _, value in found]

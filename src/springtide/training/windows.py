@@ -132,14 +132,13 @@ class Windows:
         return len(self.tokens)
 
     @property
-    def sample_size(self) -> int:
-        """Tokens in a window."""
-        return self.tokens.shape[1]
-
-    @property
     def digest(self) -> str:
         """Tells data apart."""
         return hashlib.sha256(f"{self.tokens.shape}".encode() + self.tokens.numpy().tobytes()).hexdigest()[:16]
+
+    def count(self, tokens: Tensor) -> int:
+        """Tokens in windows of them."""
+        return tokens.numel()
 
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor]:
         """The windows of a step, ``[size, T]``: each once, in an order that the seed decides; then in another order."""

@@ -17,6 +17,7 @@ from springtide.files import EXCERPT
 if TYPE_CHECKING:
     from springtide.engine.engine import Engine
     from springtide.model.stack import Stack
+    from springtide.training.progress import Progress
     from springtide.training.trainer import Objective
 
 HeadCount = Annotated[int, typer.Option("--heads", min=1, max=8, help="Heads, that is tokens to guess ahead.")]
@@ -60,7 +61,7 @@ def medusa(training: Training, heads: HeadCount = 3, full: FullHeads = True) -> 
     from springtide.training.medusa import MedusaObjective
 
     kind: Literal["full", "shared"] = "full" if full else "shared"
-    _train(training, lambda target: MedusaObjective(target, heads, lm_head=kind), heads=heads, full=full)
+    _train(training, lambda target, _: MedusaObjective(target, heads, lm_head=kind), heads=heads, full=full)
 
 
 def medusa2(
@@ -86,8 +87,8 @@ def medusa2(
     kept = distilled or training.data == "self"
     _train(
         training,
-        lambda target: Medusa2Objective(
-            target, training.steps, heads, lm_head=kind, distilled=kept, heads_weight=heads_weight
+        lambda target, progress: Medusa2Objective(
+            target, progress, heads, lm_head=kind, distilled=kept, heads_weight=heads_weight
         ),
         heads=heads,
         full=full,
@@ -108,13 +109,13 @@ def hidden_transfer(
 
     _train(
         training,
-        lambda target: HiddenTransferObjective(target, _transfers(layers, steps_ahead, target.spec.num_layers)),
+        lambda target, _: HiddenTransferObjective(target, _transfers(layers, steps_ahead, target.spec.num_layers)),
         layers=layers,
         steps_ahead=steps_ahead,
     )
 
 
-def _train(training: Training, build: Callable[[Stack], Objective], **own: Any) -> None:
+def _train(training: Training, build: Callable[[Stack, Progress], Objective], **own: Any) -> None:
     """Train, calibrate and save a drafter; ``build`` makes its objective, with its ``own`` options."""
     import logging
 
@@ -122,6 +123,7 @@ def _train(training: Training, build: Callable[[Stack], Objective], **own: Any) 
 
     from springtide.evaluation.report import check_target, print_table, write_json
     from springtide.loading import as_device
+    from springtide.training.progress import Steps
     from springtide.training.running import make_folder
     from springtide.training.trainer import Trainer, new_accelerator, train
     from springtide.training.windows import training_windows
@@ -140,12 +142,13 @@ def _train(training: Training, build: Callable[[Stack], Objective], **own: Any) 
         windows, held = training_windows(data, engine, training.length, training.hold_out or (), training.seed)
         torch.manual_seed(training.seed)  # initial weights are drawn from it
         options = {f"--{name.replace('_', '-')}": value for name, value in own.items()}
-        objective = build(engine.stack)
+        progress = Steps(training.steps)
+        objective = build(engine.stack, progress)
         trainer = Trainer(
             objective,
             windows,
             training.out,
-            steps=training.steps,
+            progress,
             batch=training.batch,
             lr=training.lr,
             seed=training.seed,

@@ -7,17 +7,21 @@ from typing import Annotated
 
 import typer
 
+from springtide.cli.inputs import LAST_SEED
 from springtide.cli.show import resumable
 
 
 def pocket(
     corpus: Annotated[Path, typer.Option(help="Folder of .txt files.")],
-    out: Annotated[Path, typer.Option(help="Folder for the model, its checkpoint and its log.")] = Path("pocket"),
+    out: Annotated[Path, typer.Option(help="Folder for the model, its checkpoint, log and curves.")] = Path("pocket"),
     minutes: Annotated[float, typer.Option(help="Training time.")] = 95,
     hold_out: Annotated[
         list[str] | None, typer.Option(help="File name to keep out of training; may be repeated.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of initial weights and data.")] = 0,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate, of matrices (default: the recipe's).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of initial weights and data.")] = 0,
 ) -> None:
     """Train the pocket model from books; the same command goes on where an earlier one stopped."""
     import logging
@@ -25,5 +29,5 @@ def pocket(
     from springtide.training.pocket import HOLD_OUT, train_pocket
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with resumable(out / "checkpoint.pt"):
-        train_pocket(corpus, out, minutes=minutes, hold_out=hold_out or HOLD_OUT, seed=seed)
+    with resumable(out):
+        train_pocket(corpus, out, minutes=minutes, hold_out=hold_out or HOLD_OUT, lr=lr, seed=seed)

@@ -63,6 +63,7 @@ def dependency_vit(
 
     from springtide.evaluation.report import check_target, write_json
     from springtide.loading import as_device
+    from springtide.training.progress import Steps
     from springtide.training.running import make_folder
     from springtide.training.trainer import Trainer, new_accelerator, train
     from springtide.vision.folder import load_config
@@ -104,7 +105,7 @@ def dependency_vit(
     with resumable(out):
         options = {"--from": origin, **vision.identity(config)}
         trainer = Trainer(
-            learner, vision.Ahead(images), out, steps=steps, batch=batch, lr=lr, seed=seed, options=options
+            learner, vision.Ahead(images), out, Steps(steps), batch=batch, lr=lr, seed=seed, options=options
         )
         train(trainer)
         if not accelerator.is_main_process:
@@ -136,6 +137,7 @@ def captioner(
 
     from springtide.evaluation.report import check_target, write_json
     from springtide.loading import as_device
+    from springtide.training.progress import Steps
     from springtide.training.running import make_folder
     from springtide.training.trainer import Trainer, new_accelerator, train
     from springtide.vision.scenes import Scenes
@@ -153,7 +155,7 @@ def captioner(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = {"--from": start and str(start), "--layers": layers}
     with resumable(out):
-        trainer = Trainer(objective, data, out, steps=steps, batch=batch, lr=lr, seed=seed, options=options)
+        trainer = Trainer(objective, data, out, Steps(steps), batch=batch, lr=lr, seed=seed, options=options)
         train(trainer)
         if not accelerator.is_main_process:
             return

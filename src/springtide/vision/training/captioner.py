@@ -80,7 +80,7 @@ class Exchanges:
     tokenizer: PreTrainedTokenizerFast
     scenes: Scenes
 
-    unit, sample_size = "images", 1
+    unit = "images"
 
     @property
     def digest(self) -> str:
@@ -99,6 +99,9 @@ class Exchanges:
         """Images ``[size, 3, H, W]`` and tokens ``[size, T]`` of a step, new in every step."""
         found = self.scenes.batch_scenes(step, size, seed)
         return found.images, self.tokens(found)
+
+    def count(self, images: Tensor) -> int:
+        return len(images)
 
     def held_out(self, limit: int = 256) -> tuple[Tensor, Tensor]:
         """Images and tokens of ``limit`` scenes that no :meth:`batch` holds."""

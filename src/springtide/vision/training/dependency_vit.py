@@ -57,7 +57,7 @@ def find_data(name: str, image_size: int) -> LabelledData:
 class Ahead:
     """Images for the trainer, which are made ready in a thread of their own, a step ahead."""
 
-    unit, sample_size = "images", 1
+    unit = "images"
 
     def __init__(self, data: LabelledData) -> None:
         self.data, self.digest = data, data.digest
@@ -70,6 +70,9 @@ class Ahead:
         found = self._next.get(wanted) or self._pool.submit(self.data.batch, *wanted)
         self._next = {after: self._pool.submit(self.data.batch, *after)}
         return found.result()
+
+    def count(self, images: Tensor) -> int:
+        return len(images)
 
 
 # -- models ---------------------------------------------------------------------------------------------------------
