@@ -208,16 +208,23 @@ class Sitting:
         }
         started = self.engine.start(prompt, **options)
         started.lends = not join.admitted
-        try:
-            request = self.session.admit(started)
-        except SpringtideError as error:
-            assert "but cache_memory is" in str(error) and self.limit is not None
+        if not self.fits(started):
+            with pytest.raises(SpringtideError, match="but cache_memory is"):
+                self.session.admit(started)
             return
+        request = self.session.admit(started)
         self.known.append(Known(join, tuple(prompt), self.page, request))
         if old is not None:
             old.reusable = False
             self.check_exact(request)
             assert request.cache.length == request.cache.exact < len(prompt)
+
+    def fits(self, request: Request) -> bool:
+        """Whether there is memory for the request alone."""
+        slots = request.output_start + request.sampling.max_tokens
+        pages = -(-(slots + request.drafter.most_rows) // self.page) + 1  # one that it shares is copied
+        needed = pages * self.engine.stack.page_bytes + request.drafter.memory(slots)
+        return self.limit is None or needed <= self.limit
 
     def cancel(self, number: int) -> None:
         if running := self.unfinished:
