@@ -54,5 +54,7 @@ def poison(cache, layers, value=torch.nan):
     """Make everything on the cache's pages that is not committed unusable."""
     for layer in range(layers):
         like, _ = cache.read(layer, 0, 1)
-        rows = like.new_full((len(like), len(cache.table) * PAGE - cache.length, like.shape[2]), value)
+        rows = like.new_full(
+            (len(like), len(cache.tables[cache.pool.windows[layer]]) * PAGE - cache.length, like.shape[2]), value
+        )
         cache.write(layer, cache.length, rows, rows)

@@ -40,7 +40,8 @@ def test_a_verb_has_its_own_default_for_an_option_that_it_shares(run):
 
 
 def test_shells_complete_verbs_and_options():
-    assert "_SPRINGTIDE_COMPLETE=complete_bash" in quick("--show-completion", "bash")
+    told = quick("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")  # not by its parents
+    assert "_SPRINGTIDE_COMPLETE=complete_bash" in told
     for typed, completed in (("springtide ge", "generate"), ("springtide eval needle --tri", "--trials")):
         place = str(typed.count(" "))
         out = quick(_SPRINGTIDE_COMPLETE="complete_bash", COMP_WORDS=typed, COMP_CWORD=place)

@@ -9,6 +9,7 @@ from drafters import VOCAB, medusa
 from springtide.attention.policy import Policy
 from springtide.drafting.lookup import Lookup
 from springtide.engine.engine import Engine
+from springtide.errors import SpringtideError
 from springtide.rows.segment import PromptEmbeds
 from tiny import random_tokens, tiny
 
@@ -199,7 +200,7 @@ def test_what_waited_for_memory_runs_as_if_it_had_not(drafter):
     under = engine(vocab_size=VOCAB)
     prompts = [[token % VOCAB for token in [*DOCUMENT, seed]] for seed in range(2)]
     alone = [under.generate(prompt, max_tokens=8).token_ids for prompt in prompts]
-    limit = 2 * under.stack.page_bytes + drafter.memory(len(DOCUMENT) + 9) + 16  # of one
+    limit = 2 * under.stack.page_bytes[None] + drafter.memory(len(DOCUMENT) + 9) + 16  # of one
     session = under.session(cache_memory=limit)
     first, second = (session.add(prompt, max_tokens=8, draft=drafter) for prompt in prompts)
     session.step()
@@ -208,3 +209,44 @@ def test_what_waited_for_memory_runs_as_if_it_had_not(drafter):
         assert session.memory <= limit
     assert [first.output, second.output] == alone
     assert second.lent == len(DOCUMENT)
+
+
+def small_pages(monkeypatch, size=4):
+    for module in ("kernels.kv", "rows.cache", "rows.pool", "engine.memory", "model.stack"):
+        monkeypatch.setattr(f"springtide.{module}.PAGE", size)
+    monkeypatch.setattr("springtide.engine.loop.CHUNK", 8)
+    for module in ("loop", "memory"):
+        monkeypatch.setattr(f"springtide.engine.{module}.GIVEN_ROWS", 1)
+
+
+@pytest.mark.parametrize(("name", "share"), [("mistral", 0.16), ("gemma3_text", 0.6), ("qwen3", 1.0)])
+def test_layers_with_a_window_keep_what_is_in_it(monkeypatch, name, share):
+    small_pages(monkeypatch)
+    under = engine(name=name)
+    prompt = random_tokens(150)
+    alone = under.generate(prompt, max_tokens=20).token_ids
+    whole = 44 * sum(under.stack.page_bytes.values())
+    assert under.stack.pool.used == 0
+    with pytest.raises(SpringtideError, match="but cache_memory is"):
+        under.session(cache_memory=int(0.8 * share * whole)).add(prompt, max_tokens=20)
+    session = under.session(cache_memory=int(share * whole))
+    request = session.add(prompt, max_tokens=20)
+    for _ in session.run():
+        assert session.memory <= share * whole
+    assert request.output == alone
+
+
+def test_what_a_window_left_behind_stays_until_its_memory_is_wanted(monkeypatch):
+    small_pages(monkeypatch)
+    under = engine(name="mistral")
+    prompt = random_tokens(60)
+    early = [*prompt[:30], *random_tokens(5, seed=1)]
+    for spare, lent in ((2**40, 30), (0, 0)):
+        monkeypatch.setattr("springtide.engine.memory._machine", lambda spare=spare: spare)
+        session = under.session()
+        first = ask(session, prompt)
+        later = [*first.tokens, *random_tokens(5, seed=2)]
+        for asked, expected in ((later, len(first.tokens) - 1), (early, lent)):
+            again = ask(session, asked)
+            assert again.lent == expected
+            assert again.output == under.generate(asked, max_tokens=6).token_ids

@@ -25,7 +25,7 @@ def request(length=3, lends=False):
 
 
 def scheduler_of(*requests, places=16, rows=2):
-    scheduler = Scheduler(Memory(STACK), rows, places)
+    scheduler = Scheduler(Memory(STACK, rows), rows, places)
     for each in requests:
         scheduler.add(each)
     return scheduler

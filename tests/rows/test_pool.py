@@ -31,11 +31,11 @@ def extend(cache, count, value=0.0):
 
 def test_what_is_used_is_counted_and_given_back():
     pool = Pool(LAYERS)
-    assert pool.used == pool.page_bytes == 0
+    assert pool.used == pool.groups[None].page_bytes == 0
     first, second = Cache(pool), Cache(pool)
     extend(first, PAGE + 1)
     extend(second, 3)
-    assert pool.page_bytes == PAGE_BYTES and pool.used == 3 * PAGE_BYTES
+    assert pool.groups[None].page_bytes == PAGE_BYTES and pool.used == 3 * PAGE_BYTES
     assert (first.nbytes, second.nbytes) == (2 * PAGE_BYTES, PAGE_BYTES)
     first.crop(PAGE)
     assert pool.used == 2 * PAGE_BYTES
@@ -52,17 +52,17 @@ def test_the_lowest_free_pages_are_taken_first():
     caches[0].crop(0)
     caches[1].crop(0)
     extend(caches[1], 2 * PAGE + 1)
-    assert caches[1].table == (0, 1, 3) and caches[2].table == (2,)
+    assert caches[1].tables[None] == (0, 1, 3) and caches[2].tables[None] == (2,)
 
 
 def test_growing_moves_nothing():
     pool = Pool(LAYERS)
     cache = Cache(pool)
     extend(cache, 1)
-    before = pool.page(cache.table[0]).data_ptr()
+    before = pool.groups[None].page(cache.tables[None][0]).data_ptr()
     for _ in range(9):
         extend(cache, PAGE)
-    assert pool.page(cache.table[0]).data_ptr() == before
+    assert pool.groups[None].page(cache.tables[None][0]).data_ptr() == before
 
 
 def test_a_full_pool_says_so_and_goes_on_when_pages_come_back():
@@ -94,9 +94,17 @@ def test_forks_share_pages_until_one_of_them_writes():
     cache = Cache(pool)
     extend(cache, 2 * PAGE + 5, 1.0)
     twin, early = cache.fork(), cache.fork(PAGE)
-    assert pool.used == 3 * PAGE_BYTES and twin.table == cache.table and early.table == cache.table[:1]
+    assert (
+        pool.used == 3 * PAGE_BYTES
+        and twin.tables[None] == cache.tables[None]
+        and early.tables[None] == cache.tables[None][:1]
+    )
     extend(twin, 1, 2.0)
-    assert pool.used == 4 * PAGE_BYTES and twin.table[:2] == cache.table[:2] and twin.table[2] != cache.table[2]
+    assert (
+        pool.used == 4 * PAGE_BYTES
+        and twin.tables[None][:2] == cache.tables[None][:2]
+        and twin.tables[None][2] != cache.tables[None][2]
+    )
     extend(cache, 1, 3.0)
     assert pool.used == 4 * PAGE_BYTES, "the last one left writes where it lies"
     twin.write(0, 3, rows(1, 9.0), rows(1, 9.0))
@@ -160,12 +168,14 @@ class PoolAndCaches(RuleBasedStateMachine):
 
     @invariant()
     def every_page_is_counted_once(self):
-        numbers = [number for cache in self.caches for number in cache.table]
+        numbers = [number for cache in self.caches for number in cache.tables[None]]
         assert self.pool.used == len(set(numbers)) * PAGE_BYTES
         for number in set(numbers):
-            assert self.pool.shared(number) == (numbers.count(number) > 1)
+            assert self.pool.groups[None].shared(number) == (numbers.count(number) > 1)
         for cache in self.caches:
-            assert len(cache.table) == -(-cache.length // PAGE) and len(set(cache.table)) == len(cache.table)
+            assert len(cache.tables[None]) == -(-cache.length // PAGE) and len(set(cache.tables[None])) == len(
+                cache.tables[None]
+            )
 
 
 TestPoolAndCaches = PoolAndCaches.TestCase

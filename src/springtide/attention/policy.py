@@ -94,6 +94,11 @@ class Policy:
         return None
 
     @property
+    def most_refreshed(self) -> int:
+        """Tokens that a pass may write anew, at most."""
+        return 0
+
+    @property
     def budget(self) -> int | Share | None:
         """Tokens that a sparse layer reads per KV head, or a share of the context; None where there is no such number.
 

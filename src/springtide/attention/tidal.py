@@ -233,6 +233,10 @@ class Tidal(Sparse):
         return cache.exact if due else cache.length
 
     @property
+    def most_refreshed(self) -> int:
+        return self.correct or 0
+
+    @property
     def stepwise(self) -> bool:
         return super().stepwise or self.means not in (0, Share(0))
 

@@ -248,7 +248,7 @@ class Engine:
         for name, value in (("cache_memory", limit), ("max_rows", max_rows), ("max_requests", max_requests)):
             at_least(1 if value is None else value, 1, name)
         loop = Loop(self.stack, self.eos, Governor if self.adaptive else None, max_rows)
-        memory = Memory(self.stack, limit)
+        memory = Memory(self.stack, loop.chunk, limit)
         return Session(loop, self._start, memory, max_requests)
 
     def _start(self, prompt: Prompt, *, special_tokens: bool = False, **options: Any) -> Request:
@@ -383,7 +383,8 @@ class Engine:
         turned_alike = rope.shortest(reuse.prefill_end + gaps) == rope.shortest(prefill + gaps)
         alike = _common_prefix(reuse.tokens, tokens[:-1]) if reuse.embeds is embeds and turned_alike else 0
         cache, reuse.cache = reuse.cache, reuse.cache.fork(0)
-        cache.crop(min(alike, cache.exact))
+        kept = min(alike, cache.exact)
+        cache.crop(kept if cache.reaches(kept) else 0)
         return cache
 
     def _tokenizer(self) -> Any:

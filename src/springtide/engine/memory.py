@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from springtide.engine.loop import GIVEN_ROWS
 from springtide.engine.request import Request
 from springtide.errors import SpringtideError
 from springtide.kernels import PAGE
@@ -48,17 +49,22 @@ class Prefix:
         differs = self.tokens[:count] != other.tokens[:count]
         return int(differs.argmax()) if differs.any() else count
 
+    def covers(self, other: Prefix) -> bool:
+        """Whether whoever could go on from the other one can go on from this as well."""
+        return self.common(other) == len(other.tokens) and self.cache.reaches(len(other.tokens))
+
 
 class Memory:
     """What requests of a session take and share, and what is kept of those that ended.
 
     ``limit``: bytes that pages of caches and drafters' states may take. Every request that runs has reserved what it
-    may come to take, and what is kept may have the rest; the least recently used goes first. Without a limit all
-    requests may run, and a quarter of the machine's memory may be kept.
+    may come to take, in layers with a sliding window no more than its rows see. What is there beyond that, pages that
+    windows have left behind and rows of requests that ended, stays until its memory is wanted. Without a limit all
+    requests may run, and it is wanted once half of the machine's memory is taken.
     """
 
-    def __init__(self, stack: Stack, limit: int | None = None) -> None:
-        self.spec, self.page_bytes = stack.spec, stack.page_bytes
+    def __init__(self, stack: Stack, chunk: int, limit: int | None = None) -> None:
+        self.stack, self.spec, self.chunk = stack, stack.spec, chunk
         self.limit = limit
         self._kept: list[Prefix] = []  # the most recently used last
 
@@ -78,8 +84,22 @@ class Memory:
         if self.limit is not None and self._reserved([*running, request]) > self.limit:
             request.cache, request.lent = own, 0
             return False
-        self._trim([*running, request])
         return True
+
+    def make_room(self, batch: Sequence[Request], requests: Sequence[Request]) -> None:
+        """Give back what is wanted for the rows of the next pass, which are those of ``batch``, of all ``requests``."""
+        growth = sum(map(self._growth, batch))
+        if not growth:
+            return
+        limit = self.limit or _machine() // 2
+        if self.used(requests) + growth > limit:
+            for request in requests:
+                cache = request.cache
+                cache.release(cache.exact if request.policy.most_refreshed else cache.length)
+            for prefix in self._kept:
+                prefix.cache.release(prefix.cache.length)
+        while self._kept and self.used(requests) + growth > limit:
+            del self._kept[0]
 
     def lend(self, request: Request, running: Sequence[Request]) -> None:
         """Give a request of which nothing was computed yet the rows of one that ended or runs and begins alike."""
@@ -88,6 +108,7 @@ class Memory:
         wanted = self._prefix(request, request.shareable)
         others = [*self._kept, *(self._prefix(other) for other in running if other is not request)]
         common = [wanted.common(other) for other in others]
+        common = [n if other.cache.reaches(n) else 0 for n, other in zip(common, others, strict=True)]
         best = max(range(len(others)), key=common.__getitem__, default=0)
         if not others or common[best] < max(LEAST, request.lent + 1):
             return
@@ -104,43 +125,65 @@ class Memory:
         most = max(wanted.common(self._prefix(other, other.prefill_end)) for other in reading)
         return most >= max(LEAST, request.cache.length + 1)
 
-    def keep(self, request: Request, running: Sequence[Request]) -> None:
+    def keep(self, request: Request) -> None:
         """Take over what a request that ended leaves to others."""
         own = self._prefix(request)
-        own.cache.crop(len(own.tokens))
         request.release()
-        if len(own.tokens) >= LEAST:
-            self._kept = [known for known in self._kept if own.common(known) < len(known.tokens)]  # it has those too
-            if all(known.common(own) < len(own.tokens) for known in self._kept):
-                self._kept.append(own)
-        self._trim(running)
+        if len(own.tokens) < LEAST or not own.cache.reaches(len(own.tokens)):
+            return
+        own.cache.crop(len(own.tokens))
+        self._kept = [known for known in self._kept if not own.covers(known)]
+        if not any(known.covers(own) for known in self._kept):
+            self._kept.append(own)
 
     def clear(self) -> None:
         """Forget what was kept."""
         self._kept.clear()
 
-    def used(self, running: Sequence[Request]) -> int:
-        """Bytes that pages and drafters' states take, each page counted once."""
-        caches = [request.cache for request in running] + [prefix.cache for prefix in self._kept]
-        drafts = sum(getattr(request.draft, "nbytes", 0) for request in running)
-        return self.page_bytes * len(_pages(caches)) + drafts
+    def used(self, requests: Sequence[Request]) -> int:
+        """Bytes that pages of requests and of what is kept take, and drafters' states; each page counted once."""
+        drafts = sum(getattr(request.draft, "nbytes", 0) for request in requests)
+        return self._held([*(request.cache for request in requests), *(prefix.cache for prefix in self._kept)]) + drafts
 
-    def _trim(self, running: Sequence[Request]) -> None:
-        """Forget what was kept as long as it takes more than there is to spare."""
-        held = _pages(request.cache for request in running)
-        spare = _machine() // 4 if self.limit is None else self.limit - self._reserved(running)
-        while self._kept and self.page_bytes * len(_pages(x.cache for x in self._kept) - held) > spare:
-            del self._kept[0]
+    def _held(self, caches: Sequence[Cache]) -> int:
+        """Bytes of the pages that caches have."""
+        return sum(
+            size * len({page for cache in caches for page in cache.held(window)})
+            for window, size in self.stack.page_bytes.items()
+        )
+
+    def _growth(self, request: Request) -> int:
+        """Bytes of the pages that the next pass takes for a request, at most; those that it copies are among them."""
+        cache, slots = request.cache, self._slots(request) + request.drafter.most_rows
+        first = request.policy.resume(cache, request.prefilling) // PAGE
+        last = -(-min(cache.length + self._rows(request), slots) // PAGE)
+        return sum(
+            size * (max(0, last - len(cache.tables[window])) + cache.shared(window, first, last))
+            for window, size in self.stack.page_bytes.items()
+        )
+
+    def _rows(self, request: Request) -> int:
+        """Rows that a pass has for a request, at most."""
+        return max(self.chunk if request.prefilling else GIVEN_ROWS, request.drafter.most_rows)
 
     def _reserved(self, requests: Sequence[Request]) -> int:
-        """Bytes that requests may come to take together."""
-        growth = sum(max(0, self._most_pages(request) - len(request.cache.table)) for request in requests)
-        drafts = sum(request.drafter.memory(self._slots(request)) for request in requests)
-        return self.page_bytes * (growth + len(_pages(request.cache for request in requests))) + drafts
+        """Bytes that requests may come to take together, without what no row sees any more."""
+        total = sum(request.drafter.memory(self._slots(request)) for request in requests)
+        for window, size in self.stack.page_bytes.items():
+            pages = sum(self._most_pages(request, window) for request in requests)
+            if window is None and not self.spec.rope.reread:  # what they share they go on sharing
+                held = [page for request in requests for page in request.cache.held(window)]
+                pages -= len(held) - len({*held})
+            total += size * pages
+        return total
 
-    def _most_pages(self, request: Request) -> int:
+    def _most_pages(self, request: Request, window: int | None) -> int:
         """Pages that a request may come to have; one more, since it copies a shared one that it goes on in."""
-        return -(-(self._slots(request) + request.drafter.most_rows) // PAGE) + 1
+        most = -(-(self._slots(request) + request.drafter.most_rows) // PAGE) + 1
+        if window is None:
+            return most
+        rows = max(self.chunk, GIVEN_ROWS, request.drafter.most_rows) + request.policy.most_refreshed
+        return min(most, (window + rows) // PAGE + 3)
 
     def _slots(self, request: Request) -> int:
         """Tokens that a request may come to have."""
@@ -149,10 +192,6 @@ class Memory:
 
     def _prefix(self, request: Request, count: int | None = None) -> Prefix:
         return Prefix.of(request, request.cache.exact if count is None else count, self.spec.rope)
-
-
-def _pages(caches: Iterable[Cache]) -> set[int]:
-    return {page for cache in caches for page in cache.table}
 
 
 def _machine() -> int:

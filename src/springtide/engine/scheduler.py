@@ -33,7 +33,9 @@ class Scheduler:
                 break
             self.running.append(self.waiting.popleft())
         batch = [request for request in self.running if not request.prefilling]
-        return batch + self._prompts(self.max_rows - sum(request.drafter.most_rows for request in batch))
+        batch += self._prompts(self.max_rows - sum(request.drafter.most_rows for request in batch))
+        self.memory.make_room(batch, [*self.running, *self.waiting])
+        return batch
 
     def _prompts(self, room: int) -> list[Request]:
         """Prompts that are read in the next pass, in ``room`` rows."""

@@ -68,7 +68,7 @@ class Session:
             if request.finish_reason is not None:
                 self._scheduler.retire(request)
                 if request.lends:
-                    self._memory.keep(request, self._scheduler.running)
+                    self._memory.keep(request)
         return events
 
     def run(self) -> Iterator[Event]:
@@ -94,7 +94,7 @@ class Session:
     @property
     def memory(self) -> int:
         """Bytes that caches and drafters' states take; what requests share is counted once."""
-        return self._memory.used(self._scheduler.running)
+        return self._memory.used(self.unfinished)
 
     @property
     def unfinished(self) -> list[Request]:

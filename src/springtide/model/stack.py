@@ -77,7 +77,7 @@ class Stack:
         for parameter in model.parameters():
             native.huge_pages(parameter, now=True)
         self.fused = [FusedLayer.of(layer, model.config) for layer in model.model.layers]
-        self.pool = Pool(self.spec.num_layers)
+        self.pool = Pool(self.spec.windows)
         self._routed: list[str | None] = []  # where the layers' attention goes otherwise, while it is routed here
 
     @property
@@ -86,11 +86,13 @@ class Stack:
         return weight.device
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of a page of the cache, in all layers."""
+    def page_bytes(self) -> dict[int | None, int]:
+        """Bytes of a page of the cache, by the sliding window of the layers that it is of."""
         spec = self.spec
-        slot = 2 * spec.num_layers * spec.kv_heads * spec.head_dim * self.model.dtype.itemsize
-        return self.pool.page_bytes or PAGE * slot
+        slot = 2 * spec.kv_heads * spec.head_dim * self.model.dtype.itemsize
+        return {
+            window: group.page_bytes or len(group.places) * PAGE * slot for window, group in self.pool.groups.items()
+        }
 
     def new_cache(self) -> Cache:
         return Cache(self.pool)
@@ -260,14 +262,14 @@ class Pass:
             for segment in segments:
                 segment.cache.reserve(segment.prefix, segment.length, k)
         everyone = tuple(range(len(segments)))
-        kernels.write(self._kv(layer.index, everyone), k, v)
+        kernels.write(self._kv(layer, everyone), k, v)
         rows = self.split(q)
         slots = [segment.policy.reads(layer, own, segment) for segment, own in zip(segments, rows, strict=True)]
         dense = tuple(place for place in everyone if slots[place] is None)
         outputs = list(rows)
         if dense:
             queries = q if dense == everyone else torch.cat([rows[place] for place in dense])
-            kv = self._kv(layer.index, dense, layer.window)
+            kv = self._kv(layer, dense)
             for place in dense:
                 segments[place].bytes_read += dense_bytes(kv, segments[place], layer.window)
             out, _ = kernels.attend(queries, kv, layer.scale, layer.softcap, lse=False)
@@ -280,13 +282,13 @@ class Pass:
                 outputs[place] = gathered(layer, rows[place], segments[place], own)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _kv(self, layer: int, places: tuple[int, ...], window: int | None = None) -> KV:
+    def _kv(self, layer: Layer, places: tuple[int, ...]) -> KV:
         """A layer's keys and values, as the rows of the segments at ``places`` read them side by side."""
-        known = self._reads.get((places, window))
+        known = self._reads.get((places, layer.window))
         if known is None:
-            parts = [self.segments[place].reads(window) for place in places]
-            known = self._reads[places, window] = Reads.joined(parts)
-        return KV(self.segments[0].cache.pages(layer), known)
+            parts = [self.segments[place].reads(layer.window) for place in places]
+            known = self._reads[places, layer.window] = Reads.joined(parts)
+        return KV(self.segments[0].cache.pages(layer.index), known)
 
     def split(self, hidden: Tensor) -> list[Tensor]:
         """Each segment's rows of ``hidden [R, ...]``."""
@@ -325,7 +327,6 @@ def attention(
     *,
     scaling: float,
     springtide: Pass,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -333,7 +334,7 @@ def attention(
 
     Returns ``[1, R, H, D]``, see :meth:`Pass.attend`.
     """
-    layer = Layer(module.layer_idx, scaling, softcap, sliding_window)
+    layer = Layer(module.layer_idx, scaling, softcap, springtide.stack.spec.windows[module.layer_idx])
     return springtide.attend(layer, query[0].transpose(0, 1), key[0], value[0])[None], None
 
 

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from springtide.kernels import PAGE, Pages
-from springtide.rows.pool import Pool
+from springtide.rows.pool import Group, Pool
 
 
 class Cache:
     """Post-RoPE keys and values of every layer, in the dtype that the model writes, on pages of a pool.
 
-    Slot ``i < length`` holds the sequence's token ``i``; it lies on page ``table[i // PAGE]``. A pass writes its rows
-    at the slots that follow its prefix; they count only once :meth:`commit` says so, and the next pass overwrites what
-    was not committed. Writing below ``length`` refreshes tokens in place. Pages are taken as the cache grows, without
-    copying anything, and given back when it is cropped or dropped. Forks share pages until one of them writes there.
+    Slot ``i < length`` holds the sequence's token ``i``. In the layers with a sliding window ``w`` (None: none) it lies
+    on page ``tables[w][i // PAGE]``, unless that is one of the first ``released[w]`` pages, which were given back. A
+    pass writes its rows at the slots that follow its prefix; they count only once :meth:`commit` says so, and the next
+    pass overwrites what was not committed. Writing below ``length`` refreshes tokens in place. Pages are taken as the
+    cache grows, without copying anything, and given back when it is cropped or dropped. Forks share pages until one of
+    them writes there.
 
     ``exact`` counts the leading tokens whose rows are as a dense pass would have written them.
     """
@@ -26,47 +28,61 @@ class Cache:
         self.pool = pool
         self.length = 0
         self.exact = 0
-        self.table: tuple[int, ...] = ()
+        self.tables: dict[int | None, tuple[int, ...]] = dict.fromkeys(pool.groups, ())
+        self.released = dict.fromkeys(pool.groups, 0)
 
     def __del__(self) -> None:
-        self.pool.drop(self.table)
+        for window, group in self.pool.groups.items():
+            group.drop(self.held(window))
+
+    def held(self, window: int | None) -> tuple[int, ...]:
+        """The pages that it has in the layers with this sliding window."""
+        return self.tables[window][self.released[window] :]
+
+    def shared(self, window: int | None, first: int, last: int) -> int:
+        """How many of the pages ``first .. last`` others have too, so that who writes there copies them."""
+        return sum(map(self.pool.groups[window].shared, self.tables[window][first:last]))
 
     def reserve(self, start: int, stop: int, keys: Tensor) -> None:
         """Have pages of its own for slots ``start .. stop``, in the format of ``keys [H_kv, n, D]``.
 
         Raises :class:`springtide.rows.pool.PoolFullError`.
         """
-        self.pool.fit(keys)
-        pages = -(-stop // PAGE)
-        shared = [i for i in range(start // PAGE, min(pages, len(self.table))) if self.pool.shared(self.table[i])]
-        if pages <= len(self.table) and not shared:
-            return
-        table = list(self.table)
-        for i in shared:
-            own = self.pool.take()
-            self.pool.page(own).copy_(self.pool.page(table[i]))
-            self.pool.drop([table[i]])
-            table[i] = own
-            self.table = tuple(table)
-        while len(table) < pages:
-            table.append(self.pool.take())
-            self.table = tuple(table)
+        for window, group in self.pool.groups.items():
+            group.fit(keys)
+            first, last = start // PAGE, -(-stop // PAGE)
+            if last > len(self.tables[window]) or self.shared(window, first, last):
+                self._take(window, first, last)
+
+    def _take(self, window: int | None, first: int, last: int) -> None:
+        """Have pages ``first .. last`` of a group alone."""
+        group, table = self.pool.groups[window], list(self.tables[window])
+        for i in range(first, last):
+            if i == len(table):
+                table.append(group.take())
+            elif group.shared(table[i]):
+                own = group.take()
+                group.page(own).copy_(group.page(table[i]))
+                group.drop([table[i]])
+                table[i] = own
+            self.tables[window] = tuple(table)
 
     def pages(self, layer: int) -> Pages:
-        """What kernels read with this cache's ``table``."""
-        return self.pool.layer(layer)
+        """What kernels read with the cache's table for this layer's window."""
+        return self.pool.groups[self.pool.windows[layer]].layer(layer)
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store rows ``[H_kv, n, D]`` at slots ``start .. start + n``."""
         self.reserve(start, start + keys.shape[1], keys)
-        self.pages(layer).write(self.table, start, keys, values)
+        self.pages(layer).write(self.tables[self.pool.windows[layer]], start, keys, values)
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[H_kv, stop - start, D]`` of those slots, as far as there are pages.
 
         They may be views: not to be written, and right only as long as the cache holds them.
         """
-        return self.pages(layer).read(self.table, start, min(stop, len(self.table) * PAGE))
+        table = self.tables[self.pool.windows[layer]]
+        return self.pages(layer).read(table, start, min(stop, len(table) * PAGE))
 
     @torch.inference_mode()
     def commit(self, start: int, kept: Sequence[int], *, exact: bool) -> None:
@@ -77,26 +93,42 @@ class Cache:
         """
         for to, row in enumerate(kept):
             if to != row:
-                self._slot(start + to).copy_(self._slot(start + row))
+                for window, group in self.pool.groups.items():
+                    target, source = (_slot(group, self.tables[window], start + place) for place in (to, row))
+                    target.copy_(source)
         if exact and start <= self.exact:
             self.exact = max(self.exact, start + len(kept))
         elif not exact:
             self.exact = min(self.exact, start)
         self.length = max(self.length, start + len(kept))
 
-    def _slot(self, slot: int) -> Tensor:
-        return self.pool.page(self.table[slot // PAGE])[:, :, :, slot % PAGE]
-
     def crop(self, length: int) -> None:
-        """Forget the tokens from position ``length`` on; pages that hold no others are given back."""
+        """Forget the tokens from position ``length``, which it reaches, on, and give back the pages that held no others."""
         self.length = min(self.length, length)
         self.exact = min(self.exact, length)
         kept = -(-self.length // PAGE)
-        self.table, dropped = self.table[:kept], self.table[kept:]
-        self.pool.drop(dropped)
+        for window, group in self.pool.groups.items():
+            group.drop(self.held(window)[max(0, kept - self.released[window]) :])
+            self.tables[window] = self.tables[window][:kept]
+            self.released[window] = min(self.released[window], kept)
+
+    def release(self, start: int) -> None:
+        """Give back the pages that rows from position ``start`` on do not see, in layers with a sliding window."""
+        for window, group in self.pool.groups.items():
+            if window is not None:
+                table, before = self.tables[window], self.released[window]
+                count = min(len(table), max(before, (start - window + 1) // PAGE))
+                group.drop(table[before:count])
+                self.released[window] = count  # these places keep their numbers, which nothing reads
+
+    def reaches(self, length: int) -> bool:
+        """Whether a sequence may go on from its first ``length`` tokens: what the next rows see is still there."""
+        return length == 0 or all(
+            window is None or self.released[window] * PAGE <= max(0, length - window + 1) for window in self.tables
+        )
 
     def fork(self, length: int | None = None) -> Cache:
-        """A cache of the first ``length`` committed tokens (default: all) that goes on by itself.
+        """A cache of the first ``length`` committed tokens (default: all), which it reaches, that goes on by itself.
 
         Both share the pages that neither writes.
         """
@@ -107,8 +139,11 @@ class Cache:
     def follow(self, other: Cache, length: int) -> None:
         """Become a fork of ``other``'s first ``length`` tokens; this cache is empty."""
         self.length, self.exact = length, min(other.exact, length)
-        self.table = other.table[: -(-length // PAGE)]
-        self.pool.share(self.table)
+        count = -(-length // PAGE)
+        self.tables = {window: table[:count] for window, table in other.tables.items()}
+        self.released = {window: min(count, released) for window, released in other.released.items()}
+        for window, group in self.pool.groups.items():
+            group.share(self.held(window))
 
     @property
     def layers(self) -> int:
@@ -117,4 +152,8 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes of its pages, those that it shares included."""
-        return len(self.table) * self.pool.page_bytes
+        return sum(group.page_bytes * len(self.held(window)) for window, group in self.pool.groups.items())
+
+
+def _slot(group: Group, table: Sequence[int], slot: int) -> Tensor:
+    return group.page(table[slot // PAGE])[:, :, :, slot % PAGE]

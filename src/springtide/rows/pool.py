@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from threading import RLock
 
@@ -32,20 +32,21 @@ class Format:
     device: torch.device
 
 
-class Pool:
-    """Pages of ``PAGE`` slots in ``layers`` layers, counted by how many caches have them.
+class Group:
+    """Pages of ``PAGE`` slots in the ``layers`` that have the same sliding ``window`` (None: none), counted by how many
+    caches have them.
 
-    ``limit``: bytes that all pages may take, by default the machine's memory. Head counts and dtype are those of the
-    first keys that are written, until every page has been given back. The lowest free page is taken first, so that a
-    request alone has pages that follow one another.
+    Head counts and dtype are those of the first keys that are written, until every page has been given back. The lowest
+    free page is taken first, so that a request alone has pages that follow one another.
 
-    On the CPU the whole limit is reserved as address space, which the system fills as pages are written; when no page
-    is in use, all of it is given back. On other devices ``SLAB`` pages are allocated at a time.
+    On the CPU as much address space is reserved as the pool's limit allows, which the system fills as pages are
+    written; when no page is in use, all of it is given back. On other devices ``SLAB`` pages are allocated at a time.
     """
 
-    def __init__(self, layers: int, limit: int | None = None) -> None:
-        self.layers = layers
-        self.limit = limit
+    def __init__(self, pool: Pool, layers: Sequence[int], window: int | None) -> None:
+        self.pool = pool
+        self.places = {layer: place for place, layer in enumerate(layers)}
+        self.window = window
         self.format: Format | None = None
         self._lock = RLock()  # caches may be dropped in any thread
         self._forget()
@@ -60,19 +61,20 @@ class Pool:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page in all layers; 0 before there is a format."""
+        """Bytes of a page in these layers; 0 before there is a format."""
         if self.format is None:
             return 0
-        return 2 * self.layers * self.format.kv_heads * PAGE * self.format.head_dim * self.format.dtype.itemsize
+        own = self.format
+        return 2 * len(self.places) * own.kv_heads * PAGE * own.head_dim * own.dtype.itemsize
 
     @property
     def used(self) -> int:
         """Bytes of the pages that caches have, each counted once."""
-        return self.page_bytes * sum(users > 0 for users in self._users)
+        return self.page_bytes * (len(self._users) - len(self._free))
 
     def layer(self, index: int) -> Pages:
         """One layer's part of every page."""
-        return self._parts[index]
+        return self._parts[self.places[index]]
 
     def page(self, number: int) -> Tensor:
         """All layers of a page, ``[layers, 2, H_kv, PAGE, D]``, a view."""
@@ -95,6 +97,9 @@ class Pool:
     def take(self) -> int:
         """The lowest free page, for one cache. Raises PoolFullError."""
         with self._lock:
+            limit = self.pool.limit
+            if limit is not None and self.pool.used + self.page_bytes > limit:
+                raise PoolFullError(f"The cache is full: its limit is {limit} bytes; wait for requests to end.")
             if not self._free:
                 self._grow()
             number = heapq.heappop(self._free)
@@ -118,22 +123,19 @@ class Pool:
                 self._users[number] -= 1
                 if self._users[number] == 0:
                     heapq.heappush(self._free, number)
-            if self._memory is not None and not any(self._users):
+            if self._memory is not None and len(self._free) == len(self._users):
                 self._memory.madvise(mmap.MADV_DONTNEED)
 
     def _grow(self) -> None:
         """Make room for one more page, or more."""
         assert self.format is not None, "keys are written before pages are read"
         first, known = len(self._users), len(self._slabs) * (len(self._slabs[0]) if self._slabs else 0)
-        most = None if self.limit is None else self.limit // self.page_bytes
-        if most is not None and first >= most:
-            raise PoolFullError(f"The cache is full: its limit is {self.limit} bytes; wait for requests to end.")
         if first == known:
             if self._memory is not None:
-                raise PoolFullError("The cache is as large as the machine's memory; wait for requests to end.")
+                raise PoolFullError("The cache is as large as memory allows; wait for requests to end.")
             with torch.inference_mode(False):  # written in and out of it
-                self._slabs.append(self._reserved(most) if self.format.device.type == "cpu" else self._slab())
-                self._parts = [Pages(tuple(slab[:, i] for slab in self._slabs)) for i in range(self.layers)]
+                self._slabs.append(self._reserved() if self.format.device.type == "cpu" else self._slab())
+                self._parts = [Pages(tuple(slab[:, i] for slab in self._slabs)) for i in range(len(self.places))]
         self._users.append(0)
         self._free.append(first)
 
@@ -141,21 +143,48 @@ class Pool:
         """``[SLAB, layers, 2, H_kv, PAGE, D]``, a head's pages one after the other, so that torch can read them so."""
         assert self.format is not None
         own = self.format
-        shape = (self.layers, 2, own.kv_heads, SLAB, PAGE, own.head_dim)
+        shape = (len(self.places), 2, own.kv_heads, SLAB, PAGE, own.head_dim)
         return torch.zeros(shape, dtype=own.dtype, device=own.device).movedim(3, 0)
 
-    def _reserved(self, most: int | None) -> Tensor:
+    def _reserved(self) -> Tensor:
         """``[pages, layers, 2, H_kv, PAGE, D]`` of address space, as many as there may ever be."""
         assert self.format is not None
         own = self.format
-        if most is None:
-            most = max(1, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // self.page_bytes)
+        limit = self.pool.limit
+        most = (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if limit is None else limit) // self.page_bytes
+        most = max(1, most)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         self._memory = mmap.mmap(-1, most * self.page_bytes, flags=flags)
-        shape = (most, self.layers, 2, own.kv_heads, PAGE, own.head_dim)
+        shape = (most, len(self.places), 2, own.kv_heads, PAGE, own.head_dim)
         slab = torch.frombuffer(self._memory, dtype=own.dtype)
         if native.of(slab) is None:  # torch reads it: a head's pages one after the other
             self._memory.madvise(mmap.MADV_NOHUGEPAGE)
             return slab.view(*shape[1:4], most, *shape[4:]).movedim(3, 0)
         self._memory.madvise(mmap.MADV_HUGEPAGE)
         return slab.view(shape)
+
+
+class Pool:
+    """The memory of a model's caches: pages of ``PAGE`` slots, in groups of layers that have the same sliding window.
+
+    Args:
+        windows: each layer's sliding window in tokens, None for those without one; or how many layers there are.
+        limit: bytes that all pages may take (default: the machine's memory).
+    """
+
+    def __init__(self, windows: int | Sequence[int | None], limit: int | None = None) -> None:
+        self.windows = [None] * windows if isinstance(windows, int) else list(windows)
+        self.limit = limit
+        self.groups = {
+            window: Group(self, [layer for layer, own in enumerate(self.windows) if own == window], window)
+            for window in self.windows
+        }
+
+    @property
+    def layers(self) -> int:
+        return len(self.windows)
+
+    @property
+    def used(self) -> int:
+        """Bytes of the pages that caches have, each counted once."""
+        return sum(group.used for group in self.groups.values())

@@ -167,8 +167,9 @@ class Segment:
     def reads(self, window: int | None = None) -> Reads:
         """What the rows read of the cache's pages, which have room for them already."""
         known, seen = self._reads.get(window), self.seen(window)
-        if known is None or known.tables[0] is not self.cache.table or known.seen[0] is not seen:
-            known = self._reads[window] = Reads((self.cache.table,), (seen,))
+        table = self.cache.tables[window]
+        if known is None or known.tables[0] is not table or known.seen[0] is not seen:
+            known = self._reads[window] = Reads((table,), (seen,))
         return known
 
     def kv(self, layer: int, window: int | None = None) -> KV:
