@@ -60,10 +60,10 @@ KV_HEADS, GROUP, HEAD_DIM, SCALE = 2, 3, 8, 0.5
 TREE = (PREFIX, 0, 0, 1, 1, 2)
 
 
-def case(seed, prefix=20, parents=(PREFIX, 0, 1), dtype=torch.float32):
-    """Random queries of a segment and the segment, whose keys are in its cache."""
+def case(seed, prefix=20, parents=(PREFIX, 0, 1), dtype=torch.float32, window=None):
+    """Random queries of a segment and the segment, whose keys are in its cache, of a layer with or without a window."""
     generator = torch.Generator().manual_seed(seed)
-    cache = Cache(Pool(1))
+    cache = Cache(Pool([window]))
     keys, values = torch.randn(2, KV_HEADS, prefix + len(parents), HEAD_DIM, generator=generator).to(dtype)
     cache.write(0, 0, keys, values)
     q = torch.randn(len(parents), KV_HEADS * GROUP, HEAD_DIM, generator=generator).to(dtype)

@@ -105,7 +105,7 @@ def test_only_global_layers_read_sparsely(policy):
 
 
 def test_a_window_is_left_alone_at_the_layer():
-    q, segment = case(3)
+    q, segment = case(3, window=6)
     segment.state = Tidal().new_state()
     layer = Layer(0, SCALE, window=6)
     for policy in (

@@ -11,8 +11,10 @@ from torch import nn
 
 from springtide.engine.engine import Engine
 from springtide.kernels import native
-from springtide.model.fused import FUSED
+from springtide.model.architecture import ARCHITECTURES
 from tiny import tiny
+
+FUSED = [name for name, architecture in ARCHITECTURES.items() if architecture.fused]
 
 pytestmark = pytest.mark.skipif(native.level() is None, reason="the C++ kernels are not in use")
 
@@ -25,6 +27,15 @@ def test_every_layer_is_fused(name):
 @pytest.mark.parametrize("name", ["gemma2", "mixtral", "olmo2"])
 def test_other_architectures_run_as_they_are(name):
     assert not any(Engine(tiny(name)).stack.fused)
+
+
+def test_another_activation_runs_as_it_is():
+    """Where every layer could be fused but for the activation of its MLP."""
+    model = tiny("llama", hidden_act="gelu")
+    engine, ids = Engine(model), torch.tensor([[1, 2, 3]])
+    assert not any(layer.block for layer in engine.stack.fused)
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
+    assert generated(engine) == expected[0, 3:].tolist()
 
 
 def test_a_model_converted_later_runs_as_it_is():

@@ -38,6 +38,11 @@ class Layer:
 class State:
     """What a policy remembers of a sequence; nothing, for most."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what grows with the sequence."""
+        return 0
+
     def crop(self, length: int) -> None:
         """Forget the tokens from position ``length`` on."""
 
@@ -96,6 +101,10 @@ class Policy:
     @property
     def most_refreshed(self) -> int:
         """Tokens that a pass may write anew, at most."""
+        return 0
+
+    def remembered(self, tokens: int, spec: ModelSpec) -> int:
+        """How many slots of a layer the state of a request of so many tokens is as large as, at most."""
         return 0
 
     @property

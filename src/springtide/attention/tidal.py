@@ -57,6 +57,10 @@ class TidalState(State):
     selected: Tensor | None = None
     means: Mapping[int, Means] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(means.nbytes for means in self.means.values())
+
     def crop(self, length: int) -> None:
         self.means = {layer: known.cut(length // known.tokens) for layer, known in self.means.items()}
 
@@ -235,6 +239,9 @@ class Tidal(Sparse):
     @property
     def most_refreshed(self) -> int:
         return self.correct or 0
+
+    def remembered(self, tokens: int, spec: ModelSpec) -> int:
+        return len(self._sparse(spec)) * min(amount(self.means, self.budget_at(tokens)), tokens // STEP)
 
     @property
     def stepwise(self) -> bool:

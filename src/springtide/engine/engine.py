@@ -237,8 +237,8 @@ class Engine:
         """Requests that come and go and share passes.
 
         Args:
-            cache_memory: bytes that caches and drafters' states may take, as a number or a text such as ``"4GiB"``
-                (default: no bound). Requests wait until there is room for all that they may come to take.
+            cache_memory: bytes that caches, and what policies and drafters remember, may take, as a number or a text
+                such as ``"4GiB"`` (default: no bound). Requests wait until there is room for all that they may take.
             max_rows: rows of a pass; more of them read prompts faster, and make those that decode wait longer.
             max_requests: that run at a time; others wait.
 

@@ -57,10 +57,10 @@ class Prefix:
 class Memory:
     """What requests of a session take and share, and what is kept of those that ended.
 
-    ``limit``: bytes that pages of caches and drafters' states may take. Every request that runs has reserved what it
-    may come to take, in layers with a sliding window no more than its rows see. What is there beyond that, pages that
-    windows have left behind and rows of requests that ended, stays until its memory is wanted. Without a limit all
-    requests may run, and it is wanted once half of the machine's memory is taken.
+    ``limit``: bytes that pages of caches, and states of policies and drafters, may take. Every request that runs has
+    reserved what it may come to take, in layers with a sliding window no more than its rows see. What is there beyond
+    that, pages that windows have left behind and rows of requests that ended, stays until its memory is wanted. Without
+    a limit all requests may run, and it is wanted once half of the machine's memory is taken.
     """
 
     def __init__(self, stack: Stack, chunk: int, limit: int | None = None) -> None:
@@ -141,9 +141,9 @@ class Memory:
         self._kept.clear()
 
     def used(self, requests: Sequence[Request]) -> int:
-        """Bytes that pages of requests and of what is kept take, and drafters' states; each page counted once."""
-        drafts = sum(getattr(request.draft, "nbytes", 0) for request in requests)
-        return self._held([*(request.cache for request in requests), *(prefix.cache for prefix in self._kept)]) + drafts
+        """Bytes of pages, also of what is kept, each counted once, and of policies' and drafters' states."""
+        states = sum(request.state.nbytes + getattr(request.draft, "nbytes", 0) for request in requests)
+        return self._held([*(request.cache for request in requests), *(prefix.cache for prefix in self._kept)]) + states
 
     def _held(self, caches: Sequence[Cache]) -> int:
         """Bytes of the pages that caches have."""
@@ -168,7 +168,7 @@ class Memory:
 
     def _reserved(self, requests: Sequence[Request]) -> int:
         """Bytes that requests may come to take together, without what no row sees any more."""
-        total = sum(request.drafter.memory(self._slots(request)) for request in requests)
+        total = sum(map(self._states, requests))
         for window, size in self.stack.page_bytes.items():
             pages = sum(self._most_pages(request, window) for request in requests)
             if window is None and not self.spec.rope.reread:  # what they share they go on sharing
@@ -176,6 +176,12 @@ class Memory:
                 pages -= len(held) - len({*held})
             total += size * pages
         return total
+
+    def _states(self, request: Request) -> int:
+        """Bytes that the states of a request's policy and drafter may come to take."""
+        tokens = self._slots(request)
+        slots = request.policy.remembered(tokens, self.spec)
+        return slots * self.stack.slot_bytes + request.drafter.memory(tokens)
 
     def _most_pages(self, request: Request, window: int | None) -> int:
         """Pages that a request may come to have; one more, since it copies a shared one that it goes on in."""

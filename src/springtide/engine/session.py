@@ -93,7 +93,7 @@ class Session:
 
     @property
     def memory(self) -> int:
-        """Bytes that caches and drafters' states take; what requests share is counted once."""
+        """Bytes that caches and states of policies and drafters take; what requests share is counted once."""
         return self._memory.used(self.unfinished)
 
     @property

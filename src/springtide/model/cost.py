@@ -1,4 +1,4 @@
-"""What a pass of several rows costs on this machine: measured once for each model and kept."""
+"""What a pass of several rows costs on this machine: measured for each model, kept, and checked before it is used."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from springtide.model.stack import Stack
 from springtide.places import cache_home
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-CONTEXT = 384  # tokens in the cache
+CONTEXT = 128  # tokens in the cache
 PASSES = 8  # timed for each number of rows
+CHECKED, CHECKS = (1, 16), 3  # numbers of rows by which kept costs are checked, and how often before they are given up
+TOLERANCE = 1.25  # times as slow, or as fast, as what was kept
 
 
 def place() -> Path:
@@ -35,10 +37,11 @@ def cost_of_rows(stack: Stack, policy: Policy) -> Callable[[float], float]:
     """Milliseconds of a pass (forward and LM head) after a short context, by its number of rows.
 
     Measured at ``ROWS`` rows, with straight lines through the points, when this machine has not seen the model under
-    the policy (resolved) before, and kept in the user's cache.
+    the policy (resolved) before, and kept in the user's cache. They are measured anew when a few passes disagree with
+    what was kept, which may be of a time when the machine was busy.
     """
     known, name = _read(), key(stack, policy)
-    if not _sound(known.get(name)):
+    if not _sound(known.get(name)) or not _holds(stack, policy, known[name]):
         known[name] = measure(stack, policy)
         _write(_read() | {name: known[name]})  # read again: another process may have written meanwhile
     return lines(ROWS, known[name])
@@ -60,18 +63,21 @@ def key(stack: Stack, policy: Policy) -> str:
     )
 
 
-def measure(stack: Stack, policy: Policy) -> list[float]:
-    """Milliseconds of a pass at each of ``ROWS``, the best of several by turns: what else runs only adds to them."""
+def measure(stack: Stack, policy: Policy, counts: Sequence[int] = ROWS, passes: int = PASSES) -> list[float]:
+    """Milliseconds of a pass of each of ``counts`` rows, which ascend up to 64 at most.
+
+    The best of several ``passes`` by turns: what else runs only adds to them.
+    """
     context = max(1, min(CONTEXT, stack.spec.context_limit - max(ROWS)))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(stack.spec.vocab_size, (context + max(ROWS),), generator=generator).tolist()
-    cache, seconds = stack.read(tokens[:context]), {rows: list[float]() for rows in ROWS}
-    for rows in tqdm(ROWS * PASSES, desc="timing passes", leave=False, disable=None, delay=2):
+    cache, seconds = stack.read(tokens[:context]), {rows: list[float]() for rows in counts}
+    for rows in tqdm([*counts] * passes, desc="timing passes", leave=False, disable=None, delay=2):
         parents = [(row - 1) // 2 for row in range(rows)]  # a binary tree; row 0 follows the prefix: -1
         start = time.perf_counter()
         stack.peek(cache, policy, tokens[context : context + rows], parents).argmax(-1).tolist()
         seconds[rows].append(time.perf_counter() - start)
-    return list(accumulate((1e3 * min(seconds[rows]) for rows in ROWS), max))  # more rows never cost less
+    return list(accumulate((1e3 * min(seconds[rows]) for rows in counts), max))  # more rows never cost less
 
 
 def lines(xs: Sequence[float], ys: Sequence[float]) -> Callable[[float], float]:
@@ -83,6 +89,16 @@ def lines(xs: Sequence[float], ys: Sequence[float]) -> Callable[[float], float]:
         return ys[right - 1] + slope * (x - xs[right - 1])
 
     return value
+
+
+def _holds(stack: Stack, policy: Policy, costs: Sequence[float]) -> bool:
+    """Whether passes take about what ``costs``, those of ``ROWS``, say; they are not given up for one slow moment."""
+    kept = [costs[ROWS.index(rows)] for rows in CHECKED]
+    for _ in range(CHECKS):
+        now = measure(stack, policy, CHECKED, passes=2)
+        if all(1 / TOLERANCE < new / old < TOLERANCE for new, old in zip(now, kept, strict=True)):
+            return True
+    return False
 
 
 def _sound(costs: Any) -> bool:

@@ -6,7 +6,7 @@ projection, the residual, RMSNorm, the gated MLP, the residual. Sums are rounded
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +14,15 @@ from transformers.activations import SiLUActivation
 
 from springtide.kernels import native
 
-FUSED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-"""Architectures whose layers are pre-norm, with a SiLU-gated MLP and rotary embedding in halves."""
-
 
 class FusedLayer:
-    """A decoder layer of an architecture in ``FUSED``, on the CPU, whose weights it shares.
+    """A decoder layer on the CPU, of an architecture whose record says ``fused``, whose weights it shares.
 
     The layer is its owner's to change: what it is made of is looked at before every pass, and anew if it is another.
     """
 
     def __init__(self, layer: Any) -> None:
         self._look(layer)
-
-    @classmethod
-    def of(cls, layer: Any, config: Any) -> Self | None:
-        """The layer fused; None for another architecture, and where there are no C++ kernels."""
-        known = config.model_type in FUSED and config.hidden_act == "silu"
-        return cls(layer) if known and native.level() is not None else None
 
     def takes(self, layer: Any, hidden: Tensor) -> bool:
         """Whether ``hidden [R, hidden]`` of ``layer``, as it is now, can run here: no gradients, not too many rows."""

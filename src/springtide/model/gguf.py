@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from springtide.errors import SpringtideError
 from springtide.files import reason
-from springtide.model.stack import check_supported
+from springtide.model.architecture import Architecture
 
 PACKAGES = ("gguf", "accelerate")
 
@@ -40,11 +40,11 @@ def read_config(path: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except Exception as error:  # an architecture that transformers does not read, or anything
-        check_supported(kind)
+        Architecture.of(kind)
         raise SpringtideError(
             f"'{path}' cannot be used ({reason(error)}); give the model's Hugging Face folder."
         ) from None
-    check_supported(config.model_type)
+    Architecture.of(config.model_type)
     if _turned_otherwise(reader, kind, config):
         warnings.warn(
             f"'{path}' has rotary embeddings that transformers does not read from GGUF files, so that output differs "

@@ -9,7 +9,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from springtide.errors import SpringtideError
 from springtide.files import read_object, reason
-from springtide.model.stack import check_supported
+from springtide.model.architecture import Architecture
 
 SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]  # configuration and tokenizer
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -35,7 +35,7 @@ def fetch(name: str, revision: str | None) -> Path:
             f"The model '{name}' on the Hugging Face hub has no config.json; "
             "choose one in Hugging Face's format, or download a GGUF file and give that."
         )
-    check_supported(str(read_object(folder / "config.json").get("model_type")))  # before gigabytes are fetched
+    Architecture.of(str(read_object(folder / "config.json").get("model_type")))  # refused before gigabytes are fetched
     for kind in WEIGHTS:  # the second only where there is none of the first
         commit, fault = folder.name, f"The weights of '{name}' are not all in the cache"
         folder = _snapshot(name, commit, [kind], fault)

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from springtide.errors import SpringtideError
 from springtide.files import read_object, reason
 from springtide.model import gguf, hub
-from springtide.model.stack import check_supported
+from springtide.model.architecture import Architecture
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -49,7 +49,7 @@ class Source:
         kind = read_object(path).get("model_type")
         if not isinstance(kind, str):
             raise SpringtideError(f"'{path}' names no model_type; download the model again.")
-        check_supported(kind)
+        Architecture.of(kind)
         _check_files(self.path)
         try:
             return AutoConfig.from_pretrained(self._place, **self._options)

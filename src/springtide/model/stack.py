@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from springtide import kernels
@@ -20,6 +20,7 @@ from springtide.attention.policy import Layer, Policy, dense_bytes, gathered
 from springtide.drafting.drafter import Drafter
 from springtide.errors import SpringtideError
 from springtide.kernels import KV, PAGE, Reads, native
+from springtide.model.architecture import Architecture
 from springtide.model.fused import FusedLayer, hooked
 from springtide.rows.cache import Cache
 from springtide.rows.pool import Pool
@@ -29,54 +30,36 @@ from springtide.rows.spec import ModelSpec
 ATTENTION = "springtide"
 LOCKS: WeakKeyDictionary[PreTrainedModel, Lock] = WeakKeyDictionary()  # one for each model, whose stacks may be many
 
-SUPPORTED = {
-    "llama": "Llama",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "qwen3_moe": "Qwen3-MoE",
-    "mistral": "Mistral",
-    "mixtral": "Mixtral",
-    "phi3": "Phi-3",
-    "gemma2": "Gemma 2",
-    "gemma3_text": "Gemma 3",
-    "granite": "Granite",
-    "smollm3": "SmolLM3",
-    "olmo2": "OLMo 2",
-    "glm4": "GLM-4",
-    "cohere2": "Cohere 2",
-    "starcoder2": "Starcoder 2",
-}
-
-
-def check_supported(model_type: str) -> None:
-    """Raise SpringtideError, with the list of supported architectures, unless ``model_type`` is among them."""
-    if model_type not in SUPPORTED:
-        raise SpringtideError(
-            f"Architecture '{model_type}' is not supported; supported are {', '.join(SUPPORTED.values())}."
-        )
-
 
 def fingerprint(model: PreTrainedModel) -> str:
     """Tells models apart: of the embedding's first rows and the last norm, in bf16, whatever dtype they are in.
 
     Raises SpringtideError for an unsupported architecture.
     """
-    check_supported(model.config.model_type)
+    Architecture.of(model.config.model_type)  # others may have no such parts
     weights = (model.model.embed_tokens.weight[:64], model.model.norm.weight)
     data = torch.cat([weight.detach().bfloat16().flatten() for weight in weights]).view(torch.int16).cpu()
     return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
 
 
 class Stack:
-    """Runs rows through the layers of a model, whose weights and configuration it leaves as they are."""
+    """Runs rows through the layers of a model, whose weights and configuration it leaves as they are.
+
+    Attributes:
+        rotary_kinds: what each layer's rotary embedding depends on beside positions: its type, or nothing.
+    """
 
     def __init__(self, model: PreTrainedModel, calibration: dict[str, Any] | None = None) -> None:
-        check_supported(model.config.model_type)
+        config = model.config
+        self.architecture = Architecture.of(config.model_type)
         self.model = model.eval()
-        self.spec = ModelSpec.of(model.config, calibration)
+        self.spec = ModelSpec.of(config, calibration, reread=self.architecture.reread)
         for parameter in model.parameters():
             native.huge_pages(parameter, now=True)
-        self.fused = [FusedLayer.of(layer, model.config) for layer in model.model.layers]
+        fused = self.architecture.fused and native.level() is not None
+        self.fused = [FusedLayer(layer) if fused else None for layer in model.model.layers]
+        by_type, layers = self.architecture.rotary_by_layer_type, range(self.spec.num_layers)
+        self.rotary_kinds = [(config.layer_types[layer],) if by_type else () for layer in layers]
         self.pool = Pool(self.spec.windows)
         self._routed: list[str | None] = []  # where the layers' attention goes otherwise, while it is routed here
 
@@ -88,11 +71,14 @@ class Stack:
     @property
     def page_bytes(self) -> dict[int | None, int]:
         """Bytes of a page of the cache, by the sliding window of the layers that it is of."""
-        spec = self.spec
-        slot = 2 * spec.kv_heads * spec.head_dim * self.model.dtype.itemsize
-        return {
-            window: group.page_bytes or len(group.places) * PAGE * slot for window, group in self.pool.groups.items()
-        }
+        sizes = {window: len(group.places) * PAGE * self.slot_bytes for window, group in self.pool.groups.items()}
+        return {window: group.page_bytes or sizes[window] for window, group in self.pool.groups.items()}
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a token's keys and values in one layer."""
+        bytes_of_each: int = self.model.dtype.itemsize
+        return 2 * self.spec.kv_heads * self.spec.head_dim * bytes_of_each
 
     def new_cache(self) -> Cache:
         return Cache(self.pool)
@@ -133,8 +119,8 @@ class Stack:
         cache.commit(0, range(len(tokens)), exact=True)
         return cache
 
-    def layer(self, index: int, hidden: Tensor, embeddings: Any, step: Pass) -> Tensor:
-        """Output of one layer for ``hidden [R, hidden]``; ``embeddings``: what :meth:`rotary` gives for it."""
+    def layer(self, index: int, hidden: Tensor, embeddings: tuple[Tensor, Tensor], step: Pass) -> Tensor:
+        """Output of one layer for ``hidden [R, hidden]``; ``embeddings``: what :meth:`rotary` gives for the layer."""
         layer, fused = self.model.model.layers[index], self.fused[index]
         if fused is None or not fused.takes(layer, hidden):
             self._route()
@@ -163,7 +149,12 @@ class Stack:
 
     def predict(self, normed: Tensor) -> Tensor:
         """:meth:`head`, for gradients to flow through."""
-        return scaled(self._head(normed), self.model.config)
+        return self.scaled(self._head(normed))
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """Next-token logits, fp32 or wider, from the LM head's product."""
+        logits = self.architecture.logits(logits, self.model.config)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def _head(self, hidden: Tensor) -> Tensor:
         head = self.model.lm_head
@@ -174,12 +165,10 @@ class Stack:
             return logits
         return native.linear(level, hidden, head.weight, head.bias)
 
-    def rotary(self, hidden: Tensor, segments: Sequence[Segment]) -> Any:
-        """Cosines and sines of the rows' positions; one pair a layer type where the types differ (Gemma 3)."""
-        config = self.model.config
-        if config.model_type == "gemma3_text":
-            return {kind: self._rotary(hidden, segments, kind) for kind in set(config.layer_types)}
-        return self._rotary(hidden, segments)
+    def rotary(self, hidden: Tensor, segments: Sequence[Segment]) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and sines of the rows' positions, for each layer."""
+        known = {kind: self._rotary(hidden, segments, *kind) for kind in set(self.rotary_kinds)}
+        return [known[kind] for kind in self.rotary_kinds]
 
     def _rotary(self, hidden: Tensor, segments: Sequence[Segment], *kind: str) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[1, R, D]``, each row's with the frequencies for the length of its own sequence."""
@@ -234,7 +223,7 @@ class Pass:
         """Input of layer 0, ``[R, hidden]``."""
         ids = torch.tensor([token for s in self.segments for token in s.tokens], device=self.stack.device)
         hidden: Tensor = self.stack.model.model.embed_tokens(ids.clamp(min=0))  # NO_TOKEN has no vector of its own
-        hidden = hidden * getattr(self.stack.model.config, "embedding_multiplier", 1.0)
+        hidden = self.stack.architecture.embeds(hidden, self.stack.model.config)
         if all(segment.embeds is None for segment in self.segments):
             return hidden
         return torch.cat([_given(s, own) for s, own in zip(self.segments, self.split(hidden), strict=True)])
@@ -247,9 +236,7 @@ class Pass:
         with stack.passing():
             rotary = stack.rotary(hidden[None], self.segments)
             for index in range(start, stop):
-                kinds = isinstance(rotary, dict)
-                embeddings = rotary[stack.model.config.layer_types[index]] if kinds else rotary
-                hidden = stack.layer(index, hidden, embeddings, self)
+                hidden = stack.layer(index, hidden, rotary[index], self)
         return hidden
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -343,17 +330,6 @@ def _growths(segments: Sequence[Segment]) -> list[tuple[int, Drafter, int]]:
     drafters = {id(segment.drafter): segment.drafter for segment in segments if segment.drafter is not None}
     found = [(layer, drafter, n) for drafter in drafters.values() for n, layer in enumerate(drafter.grows)]
     return sorted(found, key=lambda growth: growth[0])
-
-
-def scaled(logits: Tensor, config: PreTrainedConfig) -> Tensor:
-    """Next-token logits, fp32 or wider, from the LM head's product: scaled and capped as the architecture does it."""
-    scale, divisor = getattr(config, "logit_scale", 1.0), getattr(config, "logits_scaling", 1.0)
-    if (scale, divisor) != (1.0, 1.0):  # it takes a pass over all logits
-        logits = logits * scale / divisor
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap is not None:
-        logits = torch.tanh(logits / cap) * cap
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 AttentionInterface.register(ATTENTION, attention)

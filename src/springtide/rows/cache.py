@@ -103,7 +103,7 @@ class Cache:
         self.length = max(self.length, start + len(kept))
 
     def crop(self, length: int) -> None:
-        """Forget the tokens from position ``length``, which it reaches, on, and give back the pages that held no others."""
+        """Forget the tokens from ``length``, which it reaches, on; pages that hold no others are given back."""
         self.length = min(self.length, length)
         self.exact = min(self.exact, length)
         kept = -(-self.length // PAGE)

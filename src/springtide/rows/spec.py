@@ -23,12 +23,12 @@ class Rope:
     reread: bool = False
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> Self:
-        """Read it from a Hugging Face configuration."""
+    def of(cls, config: PretrainedConfig, reread: bool) -> Self:
+        """Read it from a Hugging Face configuration; ``reread``: whether the architecture does so."""
         parameters = _rope_parameters(config)
         kind = parameters.get("rope_type", "default")
         if kind == "longrope":
-            return cls(kind, parameters["original_max_position_embeddings"], reread=config.model_type == "phi3")
+            return cls(kind, parameters["original_max_position_embeddings"], reread=reread)
         return cls(kind, config.max_position_embeddings) if kind == "dynamic" else cls(kind)
 
     def shortest(self, length: int) -> int:
@@ -56,8 +56,8 @@ class ModelSpec:
     calibration: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, config: PretrainedConfig, calibration: dict[str, Any] | None = None) -> ModelSpec:
-        """Read it from a Hugging Face configuration."""
+    def of(cls, config: PretrainedConfig, calibration: dict[str, Any] | None = None, reread: bool = False) -> ModelSpec:
+        """Read it from a Hugging Face configuration; ``reread``: see :class:`Rope`."""
         return cls(
             num_layers=config.num_hidden_layers,
             windows=_windows(config),
@@ -66,7 +66,7 @@ class ModelSpec:
             hidden_size=config.hidden_size,
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            rope=Rope.of(config),
+            rope=Rope.of(config, reread),
             calibration=calibration,
         )
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from springtide.drafting.hidden_transfer import HiddenTransfer
-from springtide.model.stack import Stack, scaled
+from springtide.model.stack import Stack
 from springtide.training.progress import Steps
 from springtide.training.trainer import MOST_NORM
 from springtide.training.windows import Windows
@@ -178,10 +178,9 @@ class HiddenTransferObjective:
         return states
 
     def _layer(self, layer: nn.Module, index: int, pseudo: Tensor, real: Reading, anchors: Tensor) -> Tensor:
-        config, window = self.model.config, self.target.spec.windows[index]
+        window, kind = self.target.spec.windows[index], self.target.rotary_kinds[index]
         steps, length = pseudo.shape[1], real.keys[index].shape[-2]
         positions = _positions(anchors, steps)
-        kind = (config.layer_types[index],) if config.model_type == "gemma3_text" else ()
         mask = torch.zeros(len(positions), length + len(positions), dtype=pseudo.dtype, device=pseudo.device)
         out: Tensor = layer(
             pseudo.flatten(1, 2),
@@ -192,7 +191,7 @@ class HiddenTransferObjective:
         return out.view_as(pseudo)
 
     def _decode(self, normed: Tensor) -> Tensor:
-        return scaled(self.model.lm_head(normed), self.model.config)
+        return self.target.scaled(self.model.lm_head(normed))
 
     def random_anchors(self, length: int) -> Tensor:
         """Rows ``[A]``, ascending, of windows of ``length`` tokens, none too late for a real row of every step."""

@@ -19,7 +19,7 @@ from springtide.drafting import ADAPTER
 from springtide.drafting.medusa import Heads, Medusa
 from springtide.errors import SpringtideError
 from springtide.files import filling
-from springtide.model.stack import Stack, scaled
+from springtide.model.stack import Stack
 from springtide.training.progress import Progress
 
 DECAY = 0.8  # weight of a head's loss, relative to the head before
@@ -111,12 +111,12 @@ class MedusaObjective:
 
     def decode(self, hidden: Tensor) -> Tensor:
         """The target's logits ``[..., V]``, with gradients, of what the LM head reads, ``[..., hidden]``."""
-        return scaled(self.model.lm_head(hidden.to(self.model.dtype)), self.model.config)
+        return self.target.scaled(self.model.lm_head(hidden.to(self.model.dtype)))
 
     def guess(self, hidden: Tensor) -> Tensor:
         """The heads' logits ``[K, B, T, V]`` for what the LM head reads, ``[B, T, hidden]``."""
         logits = self.heads(hidden.flatten(0, 1).float(), lambda x: self.model.lm_head(x.to(self.model.dtype)))
-        return scaled(logits, self.model.config).view(-1, *hidden.shape[:2], logits.shape[-1])
+        return self.target.scaled(logits).view(-1, *hidden.shape[:2], logits.shape[-1])
 
     @torch.no_grad()
     def calibrate(self, tokens: Tensor) -> None:
