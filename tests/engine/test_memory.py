@@ -250,3 +250,15 @@ def test_what_a_window_left_behind_stays_until_its_memory_is_wanted(monkeypatch)
             again = ask(session, asked)
             assert again.lent == expected
             assert again.output == under.generate(asked, max_tokens=6).token_ids
+
+
+def test_what_policies_remember_is_reserved_and_counted():
+    under = engine("tidal:budget=40,full=0,select=1,means=3")
+    prompt, policy, stack = random_tokens(200), under.resolve("tidal:budget=40,full=0,select=1,means=3"), under.stack
+    assert policy.remembered(230, stack.spec) == 2 * 3
+    pages, states = 2 * stack.page_bytes[None], 2 * 3 * stack.slot_bytes
+    with pytest.raises(SpringtideError, match="but cache_memory is"):
+        under.session(cache_memory=pages + states - 1).add(prompt, max_tokens=30)
+    session = under.session(cache_memory=pages + states)
+    session.add(prompt, max_tokens=30)
+    assert max(session.memory for _ in session.run()) == pages // 2 + states
