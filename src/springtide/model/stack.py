@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from springtide import kernels
-from springtide.attention.policy import Layer, Policy, dense_bytes, gathered
+from springtide.attention.policy import Layer, Policy, gathered
 from springtide.drafting.drafter import Drafter
 from springtide.errors import SpringtideError
 from springtide.kernels import KV, PAGE, Reads, native
@@ -257,8 +257,9 @@ class Pass:
         if dense:
             queries = q if dense == everyone else torch.cat([rows[place] for place in dense])
             kv = self._kv(layer, dense)
-            for place in dense:
-                segments[place].bytes_read += dense_bytes(kv, segments[place], layer.window)
+            slot_bytes = kv.pages.slot_bytes
+            for place, seen in zip(dense, kv.reads.seen, strict=True):
+                segments[place].bytes_read += 2 * slot_bytes * (seen.length - seen.start)
             out, _ = kernels.attend(queries, kv, layer.scale, layer.softcap, lse=False)
             if dense == everyone:
                 return out
