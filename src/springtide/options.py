@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
+from numbers import Integral
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_args, get_origin
 
@@ -161,7 +162,7 @@ def amount(value: int | Share, whole: int) -> int:
 
 
 def at_least(value: int | Share, low: int, name: str) -> None:
-    """Raise SpringtideError unless ``value`` of the option ``name`` is at least ``low``.
+    """Raise SpringtideError unless ``value`` of the option ``name`` is a whole number, at least ``low``.
 
     A share must be above 0 % where ``low`` is above 0, and at most 100 %.
     """
@@ -169,5 +170,7 @@ def at_least(value: int | Share, low: int, name: str) -> None:
         if not 0 <= value.percent <= 100 or (low > 0 and value.percent == 0):
             above = "above 0%" if low > 0 else "at least 0%"
             raise SpringtideError(f"{name} is {value}, but a share must be {above} and at most 100%.")
+    elif not isinstance(value, Integral):
+        raise SpringtideError(f"{name} is {value!r}, but it must be a whole number.")
     elif value < low:
         raise SpringtideError(f"{name} is {value}, but it must be at least {low}.")

@@ -190,12 +190,29 @@ def test_a_stream_and_a_chat_take_the_same_options(engine):
         ([LONG] * 2, {"policy": ["dense", 3]}, "A policy is text such as 'tidal:budget=256', or a Policy, but not 3"),
         ([LONG, [], LONG], {}, "The prompt is empty"),
         ([LONG, LONG], {"polic": "dense"}, "Unknown generation option 'polic'"),
+        ([LONG, None], {}, "A prompt is text or a list of token ids"),
+        (None, {}, "Prompts are a text, a list of token ids, or a list of such prompts"),
+        (5, {}, "Prompts are a text, a list of token ids, or a list of such prompts"),
+        (torch.tensor(5), {}, "Prompts are a text, a list of token ids, or a list of such prompts"),
+        (b"ab", {}, "A prompt is text or a list of token ids"),
+        (LONG, {"n": 0}, "n is 0, but it must be at least 1"),
+        (LONG, {"n": 1.5}, "n is 1.5, but it must be a whole number"),
+        (LONG, {"n": "2"}, "n is '2', but it must be a whole number"),
+        (LONG, {"n": 2, "seed": "a"}, "seed must be a whole number of 64 bits"),
+        (LONG, {"n": 2, "seed": None}, "seed must be a whole number of 64 bits"),
+        (LONG, {"n": 2, "seed": 2**63 - 1}, "seed must be a whole number of 64 bits"),
     ],
 )
 def test_one_bad_prompt_or_option_of_a_list_and_none_is_begun(engine, monkeypatch, prompts, options, message):
     monkeypatch.setattr(engine.stack, "forward", lambda segments: pytest.fail("a pass was made"))
     with pytest.raises(SpringtideError, match=message):
         engine.generate(prompts, **options)
+
+
+@pytest.mark.parametrize("tokens", ["text", b"ab", None, [1.5], torch.tensor(3)])
+def test_tokens_that_are_none_are_not_scored(engine, tokens):
+    with pytest.raises(SpringtideError, match="A prompt is text or a list of token ids"):
+        engine.score(tokens, 1)
 
 
 @pytest.mark.parametrize("name", ["generate", "stream", "chat"])

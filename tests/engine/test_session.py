@@ -184,13 +184,59 @@ def test_what_does_not_run_cannot_be_cancelled(engine):
 def test_a_request_comes_once(engine):
     session = engine.session()
     request = session.admit(engine.start(PROMPT, max_tokens=3))
-    with pytest.raises(SpringtideError, match="has ended, or is part of the session already; start another one"):
-        session.admit(request)
+    for asked in (session, engine.session()):
+        with pytest.raises(SpringtideError, match="has ended, or is part of a session already; start another one"):
+            asked.admit(request)
     assert session.unfinished == [request]
     list(session.run())
-    with pytest.raises(SpringtideError, match="has ended, or is part of the session already"):
+    for asked in (session, engine.session()):
+        with pytest.raises(SpringtideError, match="has ended, or is part of a session already"):
+            asked.admit(request)
+        assert asked.unfinished == []
+    assert len(request.output) == 3
+
+
+def test_a_fork_of_a_request_that_runs_may_come_too(engine):
+    session = engine.session()
+    request = session.add(PROMPT, max_tokens=5)
+    session.step()
+    twin = engine.session().admit(request.fork())
+    assert twin is not request and session.unfinished == [request]
+
+
+def test_a_request_of_another_engine_is_refused(engine):
+    """Its cache is another model's."""
+    other = Engine(tiny("qwen3", torch.float64, vocab_size=VOCAB), Letters())
+    session = engine.session()
+    running = session.add(PROMPT, max_tokens=3)
+    request = other.start(PROMPT, max_tokens=3)
+    with pytest.raises(SpringtideError, match="The request is of another engine; start it with the engine of this"):
         session.admit(request)
-    assert session.unfinished == [] and len(request.output) == 3
+    assert session.unfinished == [running]
+    list(session.run())
+    with pytest.raises(SpringtideError, match="The request to reuse is of another engine; give one of this"):
+        engine.start(PROMPT, reuse=other.read(PROMPT))
+    assert other.session().admit(request) is request, "its own engine takes it still"
+
+
+@pytest.mark.parametrize("wrong", [None, "a prompt", [3, 4]])
+def test_what_is_no_request_is_refused(engine, wrong):
+    with pytest.raises(SpringtideError, match=r"Give a request that engine.start returned, or add a prompt\."):
+        engine.session().admit(wrong)
+
+
+@pytest.mark.parametrize("option", ["cache_memory", "max_rows", "max_requests"])
+@pytest.mark.parametrize("wrong", [1.5, float("nan"), [1], (), "none"])
+def test_sizes_of_a_session_are_whole_numbers(engine, option, wrong):
+    form = "a size such as 512MiB" if (option, wrong) == ("cache_memory", "none") else "a whole number"
+    with pytest.raises(SpringtideError, match=f"{option} is .*, but it must be {form}"):
+        engine.session(**{option: wrong})
+
+
+@pytest.mark.parametrize("option", ["max_rows", "max_requests"])
+def test_sizes_that_must_be_there(engine, option):
+    with pytest.raises(SpringtideError, match=f"{option} is None, but it must be a whole number"):
+        engine.session(**{option: None})
 
 
 @pytest.mark.parametrize(
@@ -199,6 +245,8 @@ def test_a_request_comes_once(engine):
         ([], {}, "prompt is empty"),
         ([3, VOCAB], {}, f"between 0 and {VOCAB - 1}"),
         (None, {}, "A prompt is text or a list of token ids"),
+        (b"ab", {}, "A prompt is text or a list of token ids"),
+        (PROMPT, {"sampling": {"max_tokens": 3}}, "sampling is a springtide.Sampling; or give its fields as options"),
         (PROMPT, {"max_tokens": 0}, "max_tokens must be at least 1"),
         (PROMPT, {"max_tokens": 2.5}, "max_tokens must be at least 1"),
         (PROMPT, {"length": 5}, "Unknown generation option 'length'"),

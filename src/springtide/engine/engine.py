@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import NoneType
 from typing import Any, overload
 
 import torch
@@ -163,10 +164,12 @@ class Engine:
         on. Options are those of :meth:`start` and :meth:`encode`; ``policy`` and ``draft`` may be lists, one each for
         the prompts. Raises SpringtideError for an empty prompt, one beyond the context limit, or a bad option.
         """
-        if n is not None and n < 1:
-            raise SpringtideError(f"n is {n}, but it must be at least 1.")
+        if n is not None:
+            at_least(n, 1, "n")
         prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
-        single = isinstance(prompts, str) or any(isinstance(p, int) for p in prompts)
+        if not isinstance(prompts, Sequence):
+            raise SpringtideError("Prompts are a text, a list of token ids, or a list of such prompts.")
+        single = isinstance(prompts, (str, bytes)) or any(isinstance(p, int) for p in prompts)
         session = self.session()
         requests = [
             [session.add(prompt, **sample) for sample in _samples(own, n)]
@@ -201,10 +204,7 @@ class Engine:
         if isinstance(prompt, str):
             _check_unicode(prompt)
             return list(self._tokenizer().encode(prompt, split_special_tokens=not special_tokens))
-        ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-        if not isinstance(ids, Sequence) or not all(isinstance(token, int) for token in ids):
-            raise SpringtideError("A prompt is text or a list of token ids.")
-        return list(ids)
+        return _ids(prompt)
 
     def render(self, messages: Sequence[dict[str, str]], *, special_tokens: bool = False) -> list[int]:
         """Token ids of a conversation in the model's chat template.
@@ -245,8 +245,10 @@ class Engine:
         Raises SpringtideError for a size that cannot be read or numbers below 1.
         """
         limit = read(Size, cache_memory, "cache_memory") if isinstance(cache_memory, str) else cache_memory
-        for name, value in (("cache_memory", limit), ("max_rows", max_rows), ("max_requests", max_requests)):
-            at_least(1 if value is None else value, 1, name)
+        for name, value in (("max_rows", max_rows), ("max_requests", max_requests)):
+            at_least(value, 1, name)
+        if limit is not None:
+            at_least(limit, 1, "cache_memory")
         loop = Loop(self.stack, self.eos, Governor if self.adaptive else None, max_rows)
         memory = Memory(self.stack, loop.chunk, limit)
         return Session(loop, self._start, memory, max_requests)
@@ -275,15 +277,17 @@ class Engine:
             policy: the attention policy (default: the engine's).
             draft: what proposes tokens to try (default: the engine's drafter), see :meth:`drafter_of`.
             prefill: how many tokens are computed as a prompt; the rest is decoded like generated ones (default: all).
-            reuse: an earlier request whose cache is taken over as far as its tokens agree and are as a dense pass
-                writes them; it is left with an empty one.
+            reuse: an earlier request of this model, whose cache is taken over as far as its tokens agree and are as a
+                dense pass writes them; it is left with an empty one.
             embeds: vectors in place of the first tokens, which may be any.
             watch, meter: see :class:`springtide.engine.request.Request`.
 
         Raises SpringtideError for a prompt that is empty or too long, tokens that do not exist, vectors that do not
-        fit the model or have no token after them, and bad options.
+        fit the model or have no token after them, a request to reuse of another engine, and bad options.
         """
-        limit, vocab = self.stack.spec.context_limit, self.stack.spec.vocab_size
+        limit, vocab, tokens = self.stack.spec.context_limit, self.stack.spec.vocab_size, _ids(tokens)
+        if not isinstance(sampling, (Sampling, NoneType)):
+            raise SpringtideError("sampling is a springtide.Sampling; or give its fields as options.")
         sampling = Sampling.of(**({} if sampling is None else vars(sampling)) | options)
         if sampling.stop:
             self._tokenizer()
@@ -379,6 +383,8 @@ class Engine:
 
         Nothing of it, where rotary frequencies are others for a prompt of ``prefill`` tokens.
         """
+        if reuse.cache.pool is not self.stack.pool:
+            raise SpringtideError("The request to reuse is of another engine; give one of this engine, or none.")
         rope, gaps = self.stack.spec.rope, 0 if embeds is None else embeds.gaps
         turned_alike = rope.shortest(reuse.prefill_end + gaps) == rope.shortest(prefill + gaps)
         alike = _common_prefix(reuse.tokens, tokens[:-1]) if reuse.embeds is embeds and turned_alike else 0
@@ -391,6 +397,14 @@ class Engine:
         if self.tokenizer is None:
             raise SpringtideError("The engine has no tokenizer: load one, or give token ids and no stop strings.")
         return self.tokenizer
+
+
+def _ids(tokens: Any) -> list[int]:
+    """Token ids as a list; raises SpringtideError for anything else."""
+    ids = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+    if not isinstance(ids, Sequence) or isinstance(ids, bytes) or not all(isinstance(token, int) for token in ids):
+        raise SpringtideError("A prompt is text or a list of token ids.")
+    return list(ids)
 
 
 def _check_unicode(text: str) -> None:
@@ -458,5 +472,5 @@ def _samples(options: dict[str, Any], n: int | None) -> list[dict[str, Any]]:
     """The options of each of ``n`` samples of a prompt, which differ in their seeds; as they are without ``n``."""
     if n is None:
         return [options]
-    seed: int = options.get("seed", getattr(options.get("sampling"), "seed", 0))
+    seed = Sampling(seed=options.get("seed", getattr(options.get("sampling"), "seed", 0))).seed
     return [{**options, "seed": seed + number} for number in range(n)]

@@ -70,9 +70,9 @@ class Request:
     ``embeds`` gives the first rows as vectors; their tokens hold their places. ``tokens[:cache.length]`` are in the
     cache. Tokens before ``prefill_end`` are computed as a prompt; later ones, and all generated ones, as decoding. A
     request that ``lends`` shares rows with others of its session, and leaves its own to them when it ends; those of its
-    first ``lent`` tokens were another's. ``output_start`` is where the output begins. ``writer`` turns it into text. Of
-    the tokens that were ``drafted``, ``accepted`` are in the output; it took ``passes`` passes after the prompt's.
-    ``from_draft`` says of each token of the output whether it was drafted.
+    first ``lent`` tokens were another's. One session at most has ``admitted`` it. ``output_start`` is where the output
+    begins. ``writer`` turns it into text. Of the tokens that were ``drafted``, ``accepted`` are in the output; it took
+    ``passes`` passes after the prompt's. ``from_draft`` says of each token of the output whether it was drafted.
 
     With a ``watch`` nothing is generated: it is called with the logits ``[n, V]`` that predict the tokens from
     ``prefill_end`` on, n at a time, and the request ends with its tokens. ``meter`` is called with every sparse read,
@@ -96,6 +96,7 @@ class Request:
     seen: Seen = field(init=False)
     lent: int = 0
     lends: bool = False
+    admitted: bool = False
     finish_reason: FinishReason | None = None
     started: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
@@ -202,7 +203,7 @@ class Request:
         """An independent request that goes on from the same tokens."""
         twin = copy(self)
         twin.tokens, twin.from_draft = list(self.tokens), list(self.from_draft)
-        twin.logprobs = list(self.logprobs)
+        twin.logprobs, twin.admitted = list(self.logprobs), False
         twin.cache, twin.state, twin.draft = self.cache.fork(), self.state.fork(), copy(self.draft)
         twin.seen = Seen(twin.tokens)
         twin.writer = copy(self.writer)

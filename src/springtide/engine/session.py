@@ -49,12 +49,18 @@ class Session:
     def admit(self, request: Request) -> Request:
         """Queue a request that the engine has started; its cache stays its own when it has ended.
 
-        Raises SpringtideError for one that has ended, or is part of this session already, or is too large.
+        Raises SpringtideError for one that has ended, is part of a session already or of another engine, or is too
+        large.
         """
-        if request.finish_reason is not None or request in self.unfinished:
-            raise SpringtideError("The request has ended, or is part of the session already; start another one.")
+        if not isinstance(request, Request):
+            raise SpringtideError("Give a request that engine.start returned, or add a prompt.")
+        if request.finish_reason is not None or request.admitted:
+            raise SpringtideError("The request has ended, or is part of a session already; start another one.")
+        if request.cache.pool is not self._loop.stack.pool:
+            raise SpringtideError("The request is of another engine; start it with the engine of this session.")
         self._memory.check(request)
         self._scheduler.add(request)
+        request.admitted = True
         return request
 
     def step(self) -> list[Event]:
