@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -262,3 +264,17 @@ def test_what_policies_remember_is_reserved_and_counted():
     session = under.session(cache_memory=pages + states)
     session.add(prompt, max_tokens=30)
     assert max(session.memory for _ in session.run()) == pages // 2 + states
+
+
+# What is too large
+
+
+@pytest.mark.parametrize("size", [1, "1kB", "20KiB"])
+def test_a_request_that_does_not_fit_is_told_how_much_it_takes(size):
+    """And with as much it fits."""
+    under = engine()
+    with pytest.raises(SpringtideError, match=r"may come to take [\d.]+MiB of memory, for 66 tokens, but ") as caught:
+        under.session(cache_memory=size).add(DOCUMENT, max_tokens=6)
+    assert f"but cache_memory is {f'{size}B' if size == 1 else size}; raise it, shorten" in str(caught.value)
+    needed = re.search(r"take (\S+) of", str(caught.value))
+    assert ask(under.session(cache_memory=needed[1]), DOCUMENT).finish_reason == "length"

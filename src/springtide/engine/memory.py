@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from springtide.engine.request import Request
 from springtide.errors import SpringtideError
 from springtide.kernels import PAGE
 from springtide.model.stack import Stack
+from springtide.options import Size
 from springtide.rows.cache import Cache
 from springtide.rows.segment import PromptEmbeds
 from springtide.rows.spec import Rope
@@ -74,7 +76,7 @@ class Memory:
         if self.limit is not None and needed > self.limit:
             raise SpringtideError(
                 f"The request may come to take {_mebibytes(needed)} of memory, for {self._slots(request)} tokens, but "
-                f"cache_memory is {_mebibytes(self.limit)}; raise it, shorten the prompt or lower max_tokens."
+                f"cache_memory is {Size(self.limit)}; raise it, shorten the prompt or lower max_tokens."
             )
 
     def admits(self, request: Request, running: Sequence[Request]) -> bool:
@@ -206,4 +208,5 @@ def _machine() -> int:
 
 
 def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+    """A size that ``count`` bytes fit into, to a tenth."""
+    return f"{math.ceil(count / 2**20 * 10) / 10:,.1f}MiB"
