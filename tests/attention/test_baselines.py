@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from attending import (
     case,
     engine_of,
 )
+from springtide import SpringtideError
 from springtide.attention.baselines import Oracle, Quest, Streaming, page_bounds
 from springtide.attention.policy import Layer
 from springtide.attention.tidal import Tidal
@@ -86,3 +89,16 @@ def test_streaming_reads_the_sinks_and_the_newest_alone(budget, sinks):
     kept_sinks = min(sinks, budget - recent)
     expected = [{*range(kept_sinks), *range(at - recent + 1, at + 1)} for at in range(30, 39)]
     assert read == {layer: [expected] for layer in range(6)}
+
+
+@pytest.mark.parametrize("policy", ["quest:skip=-1", "oracle:skip=-2", "streaming:sinks=-1"])
+def test_options_below_zero_are_refused(policy):
+    name, option, value = re.split("[:=]", policy)
+    with pytest.raises(SpringtideError, match=f"{name}: {option} is {value}, but it must be at least 0"):
+        engine_of(policy)
+
+
+@pytest.mark.parametrize("policy", [Oracle(budget=1.5), Streaming(sinks="4"), Quest(page=None), Tidal(recent=2.5)])
+def test_options_that_are_no_whole_numbers_are_refused(policy):
+    with pytest.raises(SpringtideError, match=f"{policy.name}: .* is .*, but it must be a whole number"):
+        engine_of(policy)

@@ -194,6 +194,11 @@ def test_bad_options_are_refused(options):
         engine(drafter=Lookup(**options))
 
 
+def test_a_shortest_ngram_above_the_longest_names_both():
+    with pytest.raises(SpringtideError, match="lookup: ngram is 2, but min_ngram is 3; raise one or lower the other"):
+        engine(drafter=Lookup(ngram=2, min_ngram=3))
+
+
 # What comes of it
 
 

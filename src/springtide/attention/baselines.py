@@ -20,6 +20,11 @@ from springtide.rows.spec import ModelSpec
 class _Baseline(Sparse):
     """Dense for prompts, in the first ``skip`` layers and where the budget covers the context; else ``choose``."""
 
+    def resolve(self, spec: ModelSpec) -> Self:
+        for name in ("skip", "sinks"):
+            at_least(getattr(self, name, 0), 0, f"{self.name}: {name}")
+        return super().resolve(spec)
+
     def reads(self, layer: Layer, q: Tensor, segment: Segment) -> Slots | None:
         skip: int = getattr(self, "skip", 0)
         if layer.window is not None or layer.index < skip or self.exact(segment):

@@ -144,7 +144,10 @@ class Lookup(Drafter):
         at_least(self.tokens, 1, f"{self.name}: tokens")
         at_least(self.depth, 1, f"{self.name}: depth")
         at_least(self.min_ngram, 1, f"{self.name}: min_ngram")
-        at_least(self.ngram, self.min_ngram, f"{self.name}: ngram")
+        if self.ngram < self.min_ngram:
+            raise SpringtideError(
+                f"{self.name}: ngram is {self.ngram}, but min_ngram is {self.min_ngram}; raise one or lower the other."
+            )
         if self.ngram > LONGEST:
             raise SpringtideError(f"{self.name}: ngram is {self.ngram}, but it must be at most {LONGEST}.")
         return self
