@@ -55,9 +55,18 @@ def test_calibrate_writes_what_policies_then_use(run, tmp_path, book):
 
 
 def test_calibrate_may_write_elsewhere(run, folder, book, tmp_path):
-    assert run("calibrate", "--model", folder, *SIZE, "--text", book, "--out", tmp_path).code == 0
-    assert sorted(os.listdir(tmp_path)) == ["springtide.json", "springtide.png"]
+    """To a folder that it makes, as training does."""
+    out = tmp_path / "new" / "folder"
+    assert run("calibrate", "--model", folder, *SIZE, "--text", book, "--out", out).code == 0
+    assert sorted(os.listdir(out)) == ["springtide.json", "springtide.png"]
     assert not (folder / "springtide.json").exists()
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_a_place_that_can_be_no_folder_is_found_before_a_model_is_loaded(run, book):
+    run("calibrate", "--model", "m", "--text", book, "--out", book).refused(
+        f"'{book}' cannot be made a folder (File exists); choose another --out"
+    )
 
 
 def test_calibrate_goes_on_where_it_was_stopped(run, folder, book, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 
@@ -68,6 +69,22 @@ def test_targets_are_checked(tmp_path):
             os.mkfifo(bad)
         with pytest.raises(SpringtideError, match="cannot be written"):
             report.check_target(tmp_path / "a.json", bad)
+
+
+def test_a_folder_that_takes_no_file_is_found_before_any_work(tmp_path, monkeypatch):
+    """As one of a file system that is full or read-only, whatever its permissions say."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report, "TemporaryFile", full)
+    with pytest.raises(SpringtideError, match=r"cannot be written \(No space left on device\); choose another place"):
+        report.check_target(tmp_path / "a.json")
+
+
+def test_checking_leaves_nothing(tmp_path):
+    report.check_target(tmp_path / "a.json", tmp_path / "b.json")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("log_x", [False, True])

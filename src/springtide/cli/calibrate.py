@@ -51,10 +51,13 @@ def calibrate(
     from springtide.loading import calibration_folder
     from springtide.training.running import make_folder
 
-    check_target(None if out is None else out / FILE, json_file)
+    check_target(json_file)
     book, tidal = read_text(text), Tidal(budget=parse_budget(budget))
     if model.name == "pocket" and out is None:
         raise SpringtideError("The bundled model is calibrated already; give --model DIR, or --out DIR to write to.")
+    if out is not None:
+        make_folder(out)
+        check_target(out / FILE, json_file)
     engine = model.load(calibrated=False)
     wish = calibration.Wish(tidal, length, dense_layers, target_kl, prompts, trials, chats(engine, chat), head_map)
     folder = out or calibration_folder(engine.stack.model)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from springtide.attention.policy import Policy
 from springtide.errors import SpringtideError
-from springtide.files import replacing
+from springtide.files import reason, replacing
 from springtide.options import spelled
 
 
@@ -27,8 +27,13 @@ def check_target(*paths: Path | None) -> None:
         folder = path.parent
         if not folder.is_dir():
             raise SpringtideError(f"'{path}' cannot be written: there is no folder '{folder}'; create it first.")
-        if (path.exists() and not path.is_file()) or not os.access(folder, os.W_OK):
-            raise SpringtideError(f"'{path}' cannot be written; choose another place.")
+        if path.exists() and not path.is_file():
+            raise SpringtideError(f"'{path}' cannot be written, for it is no plain file; choose another place.")
+        try:
+            with TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise SpringtideError(f"'{path}' cannot be written ({reason(error)}); choose another place.") from None
 
 
 def write_json(path: Path, content: Any) -> None:
