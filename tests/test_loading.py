@@ -298,6 +298,14 @@ def test_no_such_folder(name):
         springtide.load(name)
 
 
+@pytest.mark.parametrize("model", [None, 5, torch.nn.Linear(2, 2)])
+def test_what_is_no_model(model):
+    name = type(model).__name__
+    message = f"A model is a folder, a name on the hub or a Hugging Face model, but not {name}"
+    with pytest.raises(SpringtideError, match=message):
+        springtide.load(model)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -442,7 +450,7 @@ UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "no adapter weights": (lose_adapters("adapter_model.safetensors"), "lacks adapter_model.safetensors"),
     "broken adapter config": (write("adapter/adapter_config.json", "{"), "adapter' cannot be used"),
     "broken adapter weights": (write("adapter/adapter_model.safetensors", "x"), "adapter' cannot be used"),
-    "another model's adapter": (of_another_model, "adapter' cannot be used"),
+    "another model's adapter": (of_another_model, "adapter' cannot be used .*trained for this model, or get it again"),
     "adapter of fewer layers": (deeper, "adapter' cannot be used"),
     "adapter with NaN": (spoil, "holds NaN"),
 }

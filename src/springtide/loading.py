@@ -69,6 +69,10 @@ def load(
         engine = Engine(model if device is None else _move(model, place), tokenizer, calibration=calibration)
         engine = under(engine, policy)
         return engine if draft is None else drafting(engine, draft)
+    if not isinstance(model, (str, Path)):
+        raise SpringtideError(
+            f"A model is a folder, a name on the hub or a Hugging Face model, but not {type(model).__name__}."
+        )
     source = find_model(model, revision)
     config = source.config()
     drafter = find_drafter(draft, source.folder) if isinstance(draft, (str, Path)) else draft
@@ -217,7 +221,8 @@ def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
             merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except Exception as error:  # the files may hold anything
         raise SpringtideError(
-            f"The adapter in '{adapter}' cannot be used ({reason(error):.200}); get the drafter again."
+            f"The adapter in '{adapter}' cannot be used ({reason(error):.200}); use a drafter that was trained for "
+            "this model, or get it again."
         ) from None
     check_finite(adapter, merged)
     return merged

@@ -133,7 +133,7 @@ def check_context(engine: Engine, contexts: Sequence[int], more: int) -> None:
     if max(contexts) + more > limit:
         raise SpringtideError(
             f"A context of {max(contexts)} takes {max(contexts) + more} tokens, but the model's context holds {limit}; "
-            "use a shorter --context."
+            "ask for fewer tokens."
         )
 
 

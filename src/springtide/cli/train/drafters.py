@@ -49,7 +49,7 @@ class Training:
     steps: Annotated[int, typer.Option(min=1, help="Steps of optimization.")] = 1000
     batch: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 8
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 256
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate (default: the method's).")] = None
+    lr: Annotated[float | None, typer.Option(min=0.0, help="Highest learning rate (default: the method's).")] = None
     seed: Annotated[
         int, typer.Option(min=0, max=LAST_SEED, help="Seed of the order of the data, and of what the model writes.")
     ] = 0

@@ -19,7 +19,7 @@ def pocket(
         list[str] | None, typer.Option(help="File name to keep out of training; may be repeated.")
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Highest learning rate, of matrices (default: the recipe's).")
+        float | None, typer.Option(min=0.0, help="Highest learning rate, of matrices (default: the recipe's).")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of initial weights and data.")] = 0,
 ) -> None:
