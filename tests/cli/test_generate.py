@@ -47,6 +47,17 @@ def test_the_prompt_may_be_an_argument_a_file_or_standard_input(run, folder, exp
         assert (result.code, result.out, result.err) == (0, expected.text + "\n", "")
 
 
+def test_an_interrupt_before_the_first_token_gives_no_time_for_it(run, folder, tmp_path, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "run", interrupted)
+    result = run("generate", PROMPT, "--model", folder, "--stats", "--json", tmp_path / "out.json")
+    assert result.code == 130 and "0 generated" in result.err and "TTFT" not in result.err
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert (content["finish_reason"], content["token_ids"], content["ttft_ms"]) == ("cancelled", [], None)
+
+
 def test_json_holds_the_documented_fields(run, folder, expected, tmp_path):
     result = run("generate", PROMPT, "--model", folder, "--max-tokens", 12, "--json", tmp_path / "out.json")
     content = json.loads((tmp_path / "out.json").read_text())

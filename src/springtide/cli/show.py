@@ -79,8 +79,9 @@ def stats_line(stats: Any) -> str:
     parts = [
         f"{stats.prompt_tokens} prompt tokens" + (f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""),
         f"{stats.completion_tokens} generated",
-        f"TTFT {stats.ttft_ms:.0f} ms",
     ]
+    if stats.ttft_ms is not None:
+        parts.append(f"TTFT {stats.ttft_ms:.0f} ms")
     if stats.tpot_ms is not None:
         parts += [f"TPOT {stats.tpot_ms:.1f} ms", f"{stats.tokens_per_second:.1f} tokens/s"]
     if stats.kv_bytes_per_token is not None:

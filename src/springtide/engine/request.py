@@ -26,8 +26,8 @@ class Stats:
     """Figures of one request.
 
     ``cached_tokens`` of the prompt were not computed: another request had done so. ``ttft_ms``: from the request to its
-    first token. ``tpot_ms``: mean time of a token after the first, None if there is none. ``kv_bytes_per_token``: mean
-    bytes of the KV cache read for a token after the prompt, None likewise. ``passes``: of the model, after the
+    first token, None if there is none. ``tpot_ms``: mean time of a token after it, None likewise. ``kv_bytes_per_token``:
+    mean bytes of the KV cache read for a token after the prompt, None likewise. ``passes``: of the model, after the
     prompt's. ``drafted_tokens`` were tried in them, ``accepted_tokens`` kept. ``acceptance_length``: mean tokens that
     such a pass gave, its own one counted; None if there was none. ``predicted_gain``: how many times as fast as plain
     decoding the drafter was thought to be, by its accuracy and what rows cost; ``measured_gain``: what the passes took
@@ -37,7 +37,7 @@ class Stats:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-    ttft_ms: float
+    ttft_ms: float | None
     tpot_ms: float | None
     tokens_per_second: float | None
     kv_bytes_per_token: float | None
@@ -223,7 +223,7 @@ class Request:
             prompt_tokens=self.output_start,
             cached_tokens=self.lent,
             completion_tokens=count,
-            ttft_ms=1e3 * (first - self.started),
+            ttft_ms=None if self.first_token is None else 1e3 * (first - self.started),
             tpot_ms=None if tpot is None else 1e3 * tpot,
             tokens_per_second=1 / tpot if tpot else None,
             kv_bytes_per_token=self.decode_bytes / self.decoded if self.decoded else None,

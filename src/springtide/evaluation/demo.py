@@ -27,7 +27,8 @@ def demo(engine: Engine, book: str) -> dict[str, Any]:
         f"Reading {len(trial.context):,} tokens of a book that the model has never seen, with 5 facts hidden in it ..."
     )
     reader = engine.read(trial.context)
-    seconds = reader.stats().ttft_ms / 1e3
+    assert reader.first_token is not None
+    seconds = reader.first_token - reader.started
     console.print(f"... read in {seconds:.1f} s, {len(trial.context) / seconds:,.0f} tokens/s.\n")
     answers: list[dict[str, Any]] = []
     outputs: dict[str, list[Output]] = {name: [] for name in engines}
