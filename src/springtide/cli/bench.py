@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,8 +67,7 @@ class Weights:
         length = max(contexts) + more
         if self.shape is not None:
             check_shape(self.shape, length)
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        _set_threads(self.threads)
         if self.shape is None:
             engine = Model(self.model or "pocket", self.revision, self.device, self.dtype).load()
         else:
@@ -230,8 +230,7 @@ def kernels(
     from springtide.benchmarks import kernels as benchmark
     from springtide.loading import as_dtype
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _set_threads(threads)
     kind = as_dtype(dtype or "bfloat16")
     assert isinstance(kind, torch.dtype)
     total = benchmark.steps_of(budgets, turns)
@@ -242,6 +241,17 @@ def kernels(
     print(f"{first['dtype']}, {first['threads']} threads, read bandwidth {first['bandwidth']:.1f} GB/s")
     shown = ("kernel", "rows", "budget", "ms", "gb_per_second", "share_of_bandwidth", "ratio_to_torch")
     print_table([{name: row[name] for name in shown} for row in rows])
+
+
+def _set_threads(threads: int | None) -> None:
+    """Have torch use so many threads, if it is said how many; raises SpringtideError for more than there are CPUs."""
+    import torch
+
+    most = os.cpu_count() or 1
+    if threads is not None and threads > most:
+        raise SpringtideError(f"--threads is {threads}, but the machine has {most} CPUs; use that many at most.")
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _print_rows(rows: Sequence[dict[str, Any]], /, **columns: str) -> None:

@@ -5,6 +5,7 @@ What goes together is a group, a dataclass: a verb takes it as one parameter, an
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -220,8 +221,8 @@ def read_decimals(text: str, option: str) -> list[float]:
 
 def read_temperatures(text: str) -> list[float]:
     found = read_decimals(text, "--temperature")
-    if not all(temperature >= 0 for temperature in found):
-        raise SpringtideError("--temperature must be 0 (greedy) or more.")
+    if not all(0 <= temperature < math.inf for temperature in found):
+        raise SpringtideError("--temperature must be 0 (greedy) or more, and finite.")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
@@ -55,11 +56,11 @@ class Sampling:
         object.__setattr__(self, "stop", stop)
         for holds, rule in (
             (isinstance(self.max_tokens, int) and self.max_tokens >= 1, "max_tokens must be at least 1"),
-            (self.temperature >= 0, "temperature must be 0 (greedy) or more"),
+            (0 <= self.temperature < math.inf, "temperature must be 0 (greedy) or more, and finite"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
             (self.top_k >= 0, "top_k must be 0 (off) or more"),
             (0 <= self.min_p <= 1, "min_p must be between 0 and 1"),
-            (self.repetition_penalty > 0, "repetition_penalty must be above 0"),
+            (0 < self.repetition_penalty < math.inf, "repetition_penalty must be above 0, and finite"),
             (
                 isinstance(self.seed, Integral) and -(2**63) <= self.seed < 2**63,
                 "seed must be a whole number of 64 bits",

@@ -384,6 +384,8 @@ def train_pocket(
     continues from it, with another `lr` or more `minutes` if wanted; `out/snapshot` is a usable model at every
     checkpoint. Ctrl-C saves a checkpoint before it interrupts.
     """
+    if not 0 < minutes < math.inf:
+        raise SpringtideError(f"--minutes is {minutes:g}, but it must be above 0, and finite.")
     books = read_corpus(corpus, hold_out)
     make_folder(out)
     trainer = new_trainer(books, out, Recipe(), minutes=minutes, seed=seed, lr=lr)

@@ -9,6 +9,7 @@ import typer
 
 from springtide.cli.inputs import LAST_SEED
 from springtide.cli.show import resumable
+from springtide.errors import SpringtideError
 
 
 def pocket(
@@ -28,6 +29,10 @@ def pocket(
 
     from springtide.training.pocket import HOLD_OUT, train_pocket
 
+    for name in hold_out or ():
+        if not (corpus / name).is_file():
+            raise SpringtideError(f"--hold-out names '{name}', but there is no such .txt file in '{corpus}'.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with resumable(out):
         train_pocket(corpus, out, minutes=minutes, hold_out=hold_out or HOLD_OUT, lr=lr, seed=seed)
+    print(f"Saved the model; use it with --model {out}")
