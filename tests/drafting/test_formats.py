@@ -246,7 +246,10 @@ FAULTS = {
     "no folder": (lambda f: [path.unlink() for path in f.iterdir()], "holds no config.json"),
     "no object": (lambda f: (f / "config.json").write_text("[]"), "is broken"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "is broken"),
-    "no layout": (lambda f: (f / "config.json").write_text("{}"), "in a known layout, which are springtide, original"),
+    "no layout": (
+        lambda f: (f / "config.json").write_text("{}"),
+        r"in a known layout \(springtide, original, vllm\); give",
+    ),
     "no weights": (lambda f: (f / "medusa_lm_head.pt").unlink(), "medusa_lm_head.pt"),
     "cut short": (lambda f: (f / "medusa_lm_head.pt").write_bytes(b"PK\x03\x04"), "is broken"),
     "code": (lambda f: torch.save({"0.0.linear.weight": Evil()}, f / "medusa_lm_head.pt"), "is broken"),
@@ -272,7 +275,6 @@ def test_unsound_files_are_refused(tmp_path, monkeypatch, spoil, sentence):
 
 
 OWN_FAULTS = {
-    "another drafter": lambda f: edit(f, drafter="hidden-transfer"),
     "no vocabulary": lambda f: edit(f, vocab_size=...),
     "another vocabulary": lambda f: edit(f, vocab_size=5),
     "another size": lambda f: edit(f, hidden_size=5),
@@ -365,6 +367,12 @@ def test_convert_does_not_overwrite(tmp_path, monkeypatch, capsys):
     write_original(tmp_path, original_heads())
     assert convert(monkeypatch, "--from", tmp_path, "--to", tmp_path, "--format", "vllm") == 2
     assert "holds a config.json already; choose another folder for --to" in capsys.readouterr().err
+
+
+def test_what_is_no_medusa_drafter_is_not_converted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text('{"drafter": "hidden-transfer"}')
+    assert convert(monkeypatch, "--from", tmp_path, "--to", tmp_path / "b", "--format", "vllm") == 2
+    assert "holds no Medusa heads in a known layout" in capsys.readouterr().err
 
 
 def test_convert_for_a_model(tmp_path, monkeypatch, capsys):

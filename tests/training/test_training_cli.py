@@ -141,6 +141,11 @@ def test_a_checkpoint_of_other_options(train):
             "'a.txt' cannot be made a folder (File exists); choose another --out",
         ),
         ("hidden-transfer", ["--data", "b.txt", "--layers", "2,3"], "--layers is '2,3', but it must be whole numbers"),
+        (
+            "hidden-transfer",
+            ["--data", "b.txt", "--layers", "1+3", "--steps-ahead", "3"],
+            "--layers is '1+3', but --steps-ahead is 3; give a layer for each step",
+        ),
         ("hidden-transfer", ["--data", "b.txt", "--layers", "3+2"], "must ascend, from 0 to 3 at most"),
         ("hidden-transfer", ["--data", "b.txt", "--layers", "2+4"], "must ascend, from 0 to 3 at most"),
     ],

@@ -203,9 +203,11 @@ def read(folder: Path) -> tuple[Config, Tensors]:
     """Heads in Springtide's form from a folder in any of the layouts; raises SpringtideError if it has none of them."""
     config = read_config(folder)
     for layout in FORMATS.values():
-        if layout.mark in config:
+        if layout.mark in config and config.get("drafter", "medusa") == "medusa":
             return layout.read(folder)
-    raise SpringtideError(f"'{folder}' holds no Medusa heads in a known layout, which are {', '.join(FORMATS)}.")
+    raise SpringtideError(
+        f"'{folder}' holds no Medusa heads in a known layout ({', '.join(FORMATS)}); give the folder of a drafter."
+    )
 
 
 def write(folder: Path, name: str, config: Config, tensors: Tensors, lm_head: Tensor | None) -> None:

@@ -99,7 +99,9 @@ def medusa2(
 
 def hidden_transfer(
     training: Training,
-    steps_ahead: Annotated[int, typer.Option(min=1, max=8, help="Tokens to guess ahead.")] = 3,
+    steps_ahead: Annotated[
+        int | None, typer.Option(min=1, max=8, help="Tokens to guess ahead (default: as many as --layers, or 3).")
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Each step's transfer layer, as 6+8+10 (default: spread over the upper half).")
     ] = None,
@@ -107,11 +109,17 @@ def hidden_transfer(
     """Train maps between hidden states of the frozen model; goes on where an earlier command stopped."""
     from springtide.training.hidden_transfer import HiddenTransferObjective
 
+    named = None if layers is None else layers.count("+") + 1
+    if None not in (named, steps_ahead) and named != steps_ahead:
+        raise SpringtideError(
+            f"--layers is '{layers}', but --steps-ahead is {steps_ahead}; give a layer for each step."
+        )
+    steps = steps_ahead or named or 3
     _train(
         training,
-        lambda target, _: HiddenTransferObjective(target, _transfers(layers, steps_ahead, target.spec.num_layers)),
+        lambda target, _: HiddenTransferObjective(target, _transfers(layers, steps, target.spec.num_layers)),
         layers=layers,
-        steps_ahead=steps_ahead,
+        steps_ahead=steps,
     )
 
 
