@@ -26,12 +26,13 @@ class Stats:
     """Figures of one request.
 
     ``cached_tokens`` of the prompt were not computed: another request had done so. ``ttft_ms``: from the request to its
-    first token, None if there is none. ``tpot_ms``: mean time of a token after it, None likewise. ``kv_bytes_per_token``:
-    mean bytes of the KV cache read for a token after the prompt, None likewise. ``passes``: of the model, after the
-    prompt's. ``drafted_tokens`` were tried in them, ``accepted_tokens`` kept. ``acceptance_length``: mean tokens that
-    such a pass gave, its own one counted; None if there was none. ``predicted_gain``: how many times as fast as plain
-    decoding the drafter was thought to be, by its accuracy and what rows cost; ``measured_gain``: what the passes took
-    (the drafter is left out while that is below 1); None where it is not known.
+    first token, None if there is none. ``tpot_ms``: mean time of a token after it, None likewise.
+    ``kv_bytes_per_token``: mean bytes of the KV cache read for a token after the prompt, None likewise. ``passes``: of
+    the model, after the prompt's. ``drafted_tokens`` were tried in them, ``accepted_tokens`` kept.
+    ``acceptance_length``: mean tokens that such a pass gave, its own one counted; None if there was none.
+    ``predicted_gain``: how many times as fast as plain decoding the drafter was thought to be, by its accuracy and what
+    rows cost; ``measured_gain``: what the passes took (the drafter is left out while that is below 1); None where it is
+    not known.
     """
 
     prompt_tokens: int
