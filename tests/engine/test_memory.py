@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from drafters import VOCAB, medusa
-from springtide.attention.policy import Policy
+from springtide.attention.policy import STEP, Policy
 from springtide.drafting.lookup import Lookup
 from springtide.engine.engine import Engine
 from springtide.errors import SpringtideError
+from springtide.kernels import PAGE
 from springtide.rows.segment import PromptEmbeds
 from tiny import random_tokens, tiny
 
@@ -256,13 +257,18 @@ def test_what_a_window_left_behind_stays_until_its_memory_is_wanted(monkeypatch)
 
 def test_what_policies_remember_is_reserved_and_counted():
     under = engine("tidal:budget=40,full=0,select=1,means=3")
-    prompt, policy, stack = random_tokens(200), under.resolve("tidal:budget=40,full=0,select=1,means=3"), under.stack
-    assert policy.remembered(230, stack.spec) == 2 * 3
-    pages, states = 2 * stack.page_bytes[None], 2 * 3 * stack.slot_bytes
+    prompt, policy, stack = (
+        random_tokens(PAGE - 10),
+        under.resolve("tidal:budget=40,full=0,select=1,means=3"),
+        under.stack,
+    )
+    count = len(prompt) // STEP  # blocks of tokens, fewer than there may be means
+    assert policy.remembered(PAGE - 2, stack.spec) == 2 * count
+    pages, states = 2 * stack.page_bytes[None], 2 * count * stack.slot_bytes
     with pytest.raises(SpringtideError, match="but cache_memory is"):
-        under.session(cache_memory=pages + states - 1).add(prompt, max_tokens=30)
+        under.session(cache_memory=pages + states - 1).add(prompt, max_tokens=8)
     session = under.session(cache_memory=pages + states)
-    session.add(prompt, max_tokens=30)
+    session.add(prompt, max_tokens=8)
     assert max(session.memory for _ in session.run()) == pages // 2 + states
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from springtide.kernels import native
+from springtide.kernels import PAGE, native
 
 pytestmark = pytest.mark.skipif(not native.levels(), reason="the C++ kernels were not built")
 
-ROWS, HEADS, KV_HEADS, LENGTH, HEAD_DIM, BUDGET = 3, 4, 2, 300, 32, 5
+ROWS, HEADS, KV_HEADS, LENGTH, HEAD_DIM, BUDGET = 3, 4, 2, 200, 32, 5
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def ones(*shape, dtype=torch.float32):
     return torch.ones(shape, dtype=dtype)
 
 
-def paged(shape=(4, 2, KV_HEADS, native._cpu.PAGE, HEAD_DIM), dtype=torch.float32):
+def paged(shape=(4, 2, KV_HEADS, PAGE, HEAD_DIM), dtype=torch.float32):
     return native._cpu.Pages(ones(*shape, dtype=dtype))
 
 
@@ -192,12 +192,12 @@ def test_a_request_that_does_not_fit_is_refused(changes, error, sentence):
 @pytest.mark.parametrize(
     ("tensor", "error", "sentence"),
     [
-        (ones(4, 2, 2, 256, 8, dtype=torch.float64), TypeError, "pages must be float32 or bfloat16"),
-        (ones(4, 2, 2, 255, 8), ValueError, "pages must have shape"),
-        (ones(4, 3, 2, 256, 8), ValueError, "pages must have shape"),
-        (ones(0, 2, 2, 256, 8), ValueError, "pages are empty"),
-        (ones(4, 2, 2, 512, 8)[:, :, :, ::2], ValueError, "pages must be contiguous"),
-        (ones(4, 2, 2, 8, 256).transpose(3, 4), ValueError, "pages must be contiguous"),
+        (ones(4, 2, 2, PAGE, 8, dtype=torch.float64), TypeError, "pages must be float32 or bfloat16"),
+        (ones(4, 2, 2, PAGE - 1, 8), ValueError, "pages must have shape"),
+        (ones(4, 3, 2, PAGE, 8), ValueError, "pages must have shape"),
+        (ones(0, 2, 2, PAGE, 8), ValueError, "pages are empty"),
+        (ones(4, 2, 2, 2 * PAGE, 8)[:, :, :, ::2], ValueError, "pages must be contiguous"),
+        (ones(4, 2, 2, 8, PAGE).transpose(3, 4), ValueError, "pages must be contiguous"),
     ],
 )
 def test_pages_that_do_not_fit_are_refused(tensor, error, sentence):

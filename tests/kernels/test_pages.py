@@ -167,11 +167,12 @@ def test_what_requests_share_is_read_once():
         seen = [Visible(n - 1, n, torch.tensor([n - 1], dtype=torch.int32), low) for _, n, low in requests]
         return Reads(tuple(table for table, *_ in requests), tuple(seen)).native.groups
 
-    first, second = tuple(range(20)), (*range(8), *range(30, 42))
-    end = 20 * PAGE
+    span = native._cpu.SPAN // PAGE  # pages
+    first, second = tuple(range(2 * span + 4)), (*range(span), *range(90, 94 + span))
+    end = len(first) * PAGE
     assert groups((first, end, None)) == [([0], (0, 3))]
     assert groups((first, end, None), (first, end, None)) == [([0, 1], (0, 3))]
-    both = groups((first, end, None), (second, end, None), (second[:9], 9 * PAGE, None))
+    both = groups((first, end, None), (second, end, None), (second[: span + 1], (span + 1) * PAGE, None))
     assert both == [([0, 1, 2], (0, 1)), ([0], (1, 3)), ([2], (1, 2)), ([1], (1, 3))]
-    late = torch.tensor([2 * 8 * PAGE + 5], dtype=torch.int32)
+    late = torch.tensor([2 * span * PAGE + 5], dtype=torch.int32)
     assert groups((first, end, late), (first, end, None)) == [([1], (0, 2)), ([0, 1], (2, 3))]

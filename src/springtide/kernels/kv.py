@@ -16,7 +16,7 @@ from springtide.kernels.visible import Visible
 if TYPE_CHECKING:
     import springtide.kernels._cpu as _cpu
 
-PAGE = 256
+PAGE = 128
 """Slots of a page."""
 
 

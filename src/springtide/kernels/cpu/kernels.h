@@ -10,7 +10,7 @@ struct bf16 {
   std::uint16_t bits;
 };
 
-constexpr std::int64_t kPage = 256;   // slots of a page
+constexpr std::int64_t kPage = 128;   // slots of a page
 constexpr std::int64_t kSpan = 2048;  // slots of a unit of work, which begins at a multiple of it
 
 // One layer's pages: keys of page p begin p * `page` elements after k, each KV head's `head` elements after the one
