@@ -248,7 +248,7 @@ def test_sizes_that_must_be_there(engine, option):
         (b"ab", {}, "A prompt is text or a list of token ids"),
         (PROMPT, {"sampling": {"max_tokens": 3}}, "sampling is a springtide.Sampling; or give its fields as options"),
         (PROMPT, {"max_tokens": 0}, "max_tokens must be at least 1"),
-        (PROMPT, {"max_tokens": 2.5}, "max_tokens must be at least 1"),
+        (PROMPT, {"max_tokens": 2.5}, "max_tokens is 2.5, but it must be a whole number"),
         (PROMPT, {"length": 5}, "Unknown generation option 'length'"),
         (PROMPT, {"sampling": Sampling(), "length": 5}, "Unknown generation option 'length'"),
         (PROMPT, {"policy": "dens"}, "Unknown policy 'dens': choose one of dense, tidal, quest"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -15,6 +15,9 @@ from springtide.errors import SpringtideError
 
 Acceptance = Literal["exact", "typical"]
 
+KINDS = dict.fromkeys(("max_tokens", "top_k", "seed", "logprobs"), Integral) | dict.fromkeys(
+    ("temperature", "top_p", "min_p", "repetition_penalty"), Real
+)
 FEW = 1024  # most probable tokens, among which top-p looks first
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
@@ -52,19 +55,23 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
+        if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
+            raise SpringtideError(f"Sampling: stop is {self.stop!r}, but it must be a text, or several.")
+        object.__setattr__(self, "stop", tuple(stop))
+        for name, kind in KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (name == "logprobs" and value is None):
+                number = "a whole number" if kind is Integral else "a number"
+                raise SpringtideError(f"Sampling: {name} is {value!r}, but it must be {number}.")
         for holds, rule in (
-            (isinstance(self.max_tokens, int) and self.max_tokens >= 1, "max_tokens must be at least 1"),
+            (self.max_tokens >= 1, "max_tokens must be at least 1"),
             (0 <= self.temperature < math.inf, "temperature must be 0 (greedy) or more, and finite"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
             (self.top_k >= 0, "top_k must be 0 (off) or more"),
             (0 <= self.min_p <= 1, "min_p must be between 0 and 1"),
             (0 < self.repetition_penalty < math.inf, "repetition_penalty must be above 0, and finite"),
-            (
-                isinstance(self.seed, Integral) and -(2**63) <= self.seed < 2**63,
-                "seed must be a whole number of 64 bits",
-            ),
+            (-(2**63) <= self.seed < 2**63, "seed must be a whole number of 64 bits"),
             (self.logprobs is None or self.logprobs >= 0, "logprobs must be 0 or more"),
             (all(self.stop), "a stop string must not be empty"),
             (self.accept in get_args(Acceptance), f"accept must be one of {', '.join(get_args(Acceptance))}"),
