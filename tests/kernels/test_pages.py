@@ -176,3 +176,30 @@ def test_what_requests_share_is_read_once():
     assert both == [([0, 1, 2], (0, 1)), ([0], (1, 3)), ([2], (1, 2)), ([1], (1, 3))]
     late = torch.tensor([2 * span * PAGE + 5], dtype=torch.int32)
     assert groups((first, end, late), (first, end, None)) == [([1], (0, 2)), ([0, 1], (2, 3))]
+
+
+def test_what_is_read_once_is_counted_once():
+    def seen(n, low=None, start=0):
+        return Visible(n - 1, n, torch.tensor([n - 1], dtype=torch.int32), low, start=start)
+
+    def reads(*requests):
+        return Reads(tuple(table for table, _ in requests), tuple(own for _, own in requests))
+
+    span, pages = native._cpu.SPAN, native._cpu.SPAN // PAGE
+    first, second = tuple(range(2 * pages + 4)), (*range(pages), *range(90, 94 + pages))
+    end = len(first) * PAGE
+    assert reads((first, seen(end))).divided == [end]
+    assert reads((first, seen(end)), (first, seen(end - 9))).divided == [end / 2, (end - 9) / 2]
+    three = reads((first, seen(end)), (second, seen(end)), (second[: pages + 1], seen(span + 5)))
+    assert three.divided == pytest.approx([span / 3 + end - span, span / 3 + end - span, span / 3 + 5])
+    low = 2 * span + 5
+    late = seen(end, torch.tensor([low], dtype=torch.int32), low)
+    apart = (end - 2 * span) / 2
+    assert reads((first, late), (first, seen(end))).divided == [(end - low) / 2, 2 * span + apart]
+    assert sum(kernels.slots_read(torch.zeros(2, 4, 8, dtype=torch.float64), doubled(end))) == 2 * end
+
+
+def doubled(length):
+    """Two requests that have the same pages, in a dtype that is read for each of them."""
+    kv = KV.of(*torch.zeros(2, 2, length, 8, dtype=torch.float64))
+    return KV(kv.pages, Reads.joined([kv.reads, kv.reads]))

@@ -35,6 +35,7 @@ __all__ = [
     "merge",
     "scores",
     "select",
+    "slots_read",
     "write",
 ]
 
@@ -62,6 +63,13 @@ def attend(q: Tensor, kv: KV, scale: float, softcap: float | None = None, *, lse
         for own, (keys, values, seen) in zip(torch.split(q, kv.reads.rows), kv.dense(), strict=True)
     ]
     return _side_by_side(parts)
+
+
+def slots_read(q: Tensor, kv: KV) -> list[float]:
+    """How many slots :func:`attend` reads for each request; what it reads once for several is divided among them."""
+    if native.of(q, *kv.pages.slabs) is not None:
+        return kv.reads.divided
+    return [seen.length - seen.start for seen in kv.reads.seen]
 
 
 def _attend(

@@ -117,6 +117,21 @@ class Reads:
         """How many rows each request has."""
         return [len(seen.positions) for seen in self.seen]
 
+    @cached_property
+    def divided(self) -> list[float]:
+        """Slots that the C++ kernels read for each request: what they read once for several is divided among these."""
+        if len(self.seen) == 1:
+            return [self.seen[0].length - self.seen[0].start]
+        owner = [request for request, rows in enumerate(self.rows) for _ in range(rows)]
+        slots = [0.0] * len(self.seen)
+        for rows, (first, last) in self.native.groups:
+            together = {owner[row] for row in rows}
+            for request in together:
+                seen = self.seen[request]
+                own = min(last * native.SPAN, seen.length) - max(first * native.SPAN, seen.start)
+                slots[request] += max(0, own) / len(together)
+        return slots
+
 
 @dataclass(frozen=True, eq=False)
 class KV:

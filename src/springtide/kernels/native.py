@@ -29,6 +29,7 @@ except ImportError:
     _cpu = None  # type: ignore[assignment]
 
 DTYPES = (torch.float32, torch.bfloat16)
+SPAN: int = 2048 if _cpu is None else _cpu.SPAN  # slots of a unit of work, which begins at a multiple of it
 
 
 @cache

@@ -257,9 +257,8 @@ class Pass:
         if dense:
             queries = q if dense == everyone else torch.cat([rows[place] for place in dense])
             kv = self._kv(layer, dense)
-            slot_bytes = kv.pages.slot_bytes
-            for place, seen in zip(dense, kv.reads.seen, strict=True):
-                segments[place].bytes_read += 2 * slot_bytes * (seen.length - seen.start)
+            for place, count in zip(dense, kernels.slots_read(queries, kv), strict=True):
+                segments[place].bytes_read += round(2 * kv.pages.slot_bytes * count)
             out, _ = kernels.attend(queries, kv, layer.scale, layer.softcap, lse=False)
             if dense == everyone:
                 return out
