@@ -245,7 +245,7 @@ def test_what_a_window_left_behind_stays_until_its_memory_is_wanted(monkeypatch)
     prompt = random_tokens(60)
     early = [*prompt[:30], *random_tokens(5, seed=1)]
     for spare, lent in ((2**40, 30), (0, 0)):
-        monkeypatch.setattr("springtide.engine.memory._machine", lambda spare=spare: spare)
+        monkeypatch.setattr("springtide.engine.memory.machine_memory", lambda spare=spare: spare)
         session = under.session()
         first = ask(session, prompt)
         later = [*first.tokens, *random_tokens(5, seed=2)]

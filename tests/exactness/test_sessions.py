@@ -318,7 +318,7 @@ def counted_heads(schedule: Schedule) -> Iterator[list[int]]:
         for name in ("START", "RUN"):
             patch.setattr(f"springtide.engine.governor.{name}", 1)
         patch.setattr("springtide.engine.memory.LEAST", 4)
-        patch.setattr("springtide.engine.memory._machine", lambda: schedule.spare)
+        patch.setattr("springtide.engine.memory.machine_memory", lambda: schedule.spare)
         for module in ("loop", "memory"):
             patch.setattr(f"springtide.engine.{module}.GIVEN_ROWS", 4)
         for module in ("kernels.kv", "rows.cache", "rows.pool", "engine.memory", "model.stack"):

@@ -196,7 +196,8 @@ def test_what_is_read_once_is_counted_once():
     late = seen(end, torch.tensor([low], dtype=torch.int32), low)
     apart = (end - 2 * span) / 2
     assert reads((first, late), (first, seen(end))).divided == [(end - low) / 2, 2 * span + apart]
-    assert sum(kernels.slots_read(torch.zeros(2, 4, 8, dtype=torch.float64), doubled(end))) == 2 * end
+    kv = doubled(end)
+    assert kernels.bytes_read(torch.zeros(2, 4, 8, dtype=torch.float64), kv) == 2 * [2 * kv.pages.slot_bytes * end]
 
 
 def doubled(length):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from springtide import kernels
-from springtide.kernels import KV, Means
+from springtide.kernels import Means
 from springtide.options import Share, amount, at_least, option
 from springtide.rows.cache import Cache
 from springtide.rows.segment import Segment
@@ -185,14 +185,9 @@ class Sparse(Policy):
 def dense(layer: Layer, q: Tensor, segment: Segment, heads: slice = EVERY) -> Tensor:
     """Attention over everything that the layer lets the rows see, of the KV ``heads`` whose queries ``q`` are."""
     kv = segment.kv(layer.index, layer.window).heads(heads)
-    segment.bytes_read += dense_bytes(kv, segment, layer.window)
+    segment.bytes_read += sum(kernels.bytes_read(q, kv))
     out, _ = kernels.attend(q, kv, layer.scale, layer.softcap, lse=False)
     return out
-
-
-def dense_bytes(kv: KV, segment: Segment, window: int | None) -> int:
-    """Bytes that a dense layer with such a window, or none, reads of a segment's cache."""
-    return 2 * kv.pages.slot_bytes * (segment.length - segment.seen(window).start)
 
 
 def read(layer: Layer, q: Tensor, segment: Segment, slots: Slots | None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from springtide.kernels import PAGE
 from springtide.model.stack import Stack
 from springtide.options import Size
 from springtide.rows.cache import Cache
+from springtide.rows.pool import machine_memory
 from springtide.rows.segment import PromptEmbeds
 from springtide.rows.spec import Rope
 
@@ -93,7 +93,7 @@ class Memory:
         growth = sum(map(self._growth, batch))
         if not growth:
             return
-        limit = self.limit or _machine() // 2
+        limit = self.limit or machine_memory() // 2
         if self.used(requests) + growth > limit:
             for request in requests:
                 cache = request.cache
@@ -200,11 +200,6 @@ class Memory:
 
     def _prefix(self, request: Request, count: int | None = None) -> Prefix:
         return Prefix.of(request, request.cache.exact if count is None else count, self.spec.rope)
-
-
-def _machine() -> int:
-    """Bytes of memory that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _mebibytes(count: int) -> str:

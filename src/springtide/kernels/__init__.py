@@ -31,11 +31,11 @@ __all__ = [
     "Visible",
     "attend",
     "attend_gathered",
+    "bytes_read",
     "choose",
     "merge",
     "scores",
     "select",
-    "slots_read",
     "write",
 ]
 
@@ -65,11 +65,11 @@ def attend(q: Tensor, kv: KV, scale: float, softcap: float | None = None, *, lse
     return _side_by_side(parts)
 
 
-def slots_read(q: Tensor, kv: KV) -> list[float]:
-    """How many slots :func:`attend` reads for each request; what it reads once for several is divided among them."""
-    if native.of(q, *kv.pages.slabs) is not None:
-        return kv.reads.divided
-    return [seen.length - seen.start for seen in kv.reads.seen]
+def bytes_read(q: Tensor, kv: KV) -> list[int]:
+    """Bytes that :func:`attend` reads for each request; what it reads once for several is divided among them."""
+    joined = native.of(q, *kv.pages.slabs) is not None
+    slots = kv.reads.divided if joined else [seen.length - seen.start for seen in kv.reads.seen]
+    return [round(2 * kv.pages.slot_bytes * count) for count in slots]
 
 
 def _attend(

@@ -257,8 +257,8 @@ class Pass:
         if dense:
             queries = q if dense == everyone else torch.cat([rows[place] for place in dense])
             kv = self._kv(layer, dense)
-            for place, count in zip(dense, kernels.slots_read(queries, kv), strict=True):
-                segments[place].bytes_read += round(2 * kv.pages.slot_bytes * count)
+            for place, count in zip(dense, kernels.bytes_read(queries, kv), strict=True):
+                segments[place].bytes_read += count
             out, _ = kernels.attend(queries, kv, layer.scale, layer.softcap, lse=False)
             if dense == everyone:
                 return out

@@ -18,6 +18,11 @@ from springtide.kernels import PAGE, Pages, native
 SLAB = 64  # pages that are allocated at once where address space cannot be reserved
 
 
+def machine_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 class PoolFullError(SpringtideError):
     """No page is left; pages come back when requests end."""
 
@@ -150,9 +155,8 @@ class Group:
         """``[pages, layers, 2, H_kv, PAGE, D]`` of address space, as many as there may ever be."""
         assert self.format is not None
         own = self.format
-        limit = self.pool.limit
-        most = (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if limit is None else limit) // self.page_bytes
-        most = max(1, most)
+        limit = machine_memory() if self.pool.limit is None else self.pool.limit
+        most = max(1, limit // self.page_bytes)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         self._memory = mmap.mmap(-1, most * self.page_bytes, flags=flags)
         shape = (most, len(self.places), 2, own.kv_heads, PAGE, own.head_dim)
