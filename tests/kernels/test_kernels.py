@@ -188,38 +188,6 @@ def test_blocks_weigh_as_many_as_their_tokens(dtype, tokens):
     assert_near(got, torch.full((1, 2, 32), 3 * tokens / (3 * tokens + 300), dtype=torch.float64), dtype)
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(0, 4), st.sampled_from([1, 3, 64, 512]))
-def test_means_of_blocks(seed, blocks, more, tokens):
-    """In fp32 at least: 512 numbers near 100 would be lost in bf16. Blocks in parts are blocks in one."""
-    generator = torch.Generator().manual_seed(seed)
-    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
-        buffer = (100 + torch.randn(2, 2, 9 * tokens, 8, generator=generator, dtype=torch.float64)).to(dtype)
-        keys, values = buffer[:, :, tokens : (blocks + 1 + more) * tokens]
-        means = Means.of(keys, values, tokens)
-        assert (means.count, means.tokens, means.keys.dtype) == (blocks + more, tokens, dtype)
-        assert means.nbytes == 2 * 2 * (blocks + more) * 8 * dtype.itemsize
-        for got, slots in ((means.keys, keys), (means.values, values)):
-            for block in range(blocks + more):
-                plain = slots[:, block * tokens : (block + 1) * tokens].double().mean(1)
-                torch.testing.assert_close(got[:, block].double(), plain, atol=0, rtol=tolerance)
-        first = means.cut(blocks)
-        assert (first.count, first.tokens, means.count, means.cut(99).count) == (
-            blocks,
-            tokens,
-            blocks + more,
-            means.count,
-        )
-        assert torch.equal(first.keys, means.keys[:, :blocks]) and torch.equal(first.values, means.values[:, :blocks])
-        if more:
-            joined = first.followed_by(Means.of(keys[:, blocks * tokens :], values[:, blocks * tokens :], tokens))
-            assert torch.equal(joined.keys, means.keys) and torch.equal(joined.values, means.values)
-            assert joined.tokens == tokens and first.count == blocks
-        before = means.keys.clone()
-        keys.zero_()
-        assert torch.equal(means.keys, before), "they are no view of the cache"
-
-
 @settings(deadline=None, max_examples=20)
 @given(cases())
 def test_scores_are_the_scaled_and_capped_products(case):

@@ -204,3 +204,32 @@ def doubled(length):
     """Two requests that have the same pages, in a dtype that is read for each of them."""
     kv = KV.of(*torch.zeros(2, 2, length, 8, dtype=torch.float64))
     return KV(kv.pages, Reads.joined([kv.reads, kv.reads]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_means_of_blocks(data):
+    """In fp32 at least: 512 numbers near 100 would be lost in bf16. Blocks in parts are blocks in one."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    tokens = data.draw(st.sampled_from([1, 16, 64, PAGE, 4 * PAGE]))
+    blocks, more = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    length = (blocks + more) * tokens
+    table = data.draw(st.permutations(range(-(-length // PAGE) + 2)))
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
+        pages = pages_of(len(table), dtype, generator)
+        pages.slabs[0].add_(100)
+        means = pages.means(table, 0, blocks + more, tokens)
+        assert (means.count, means.tokens, means.keys.dtype) == (blocks + more, tokens, dtype)
+        assert means.nbytes == 2 * KV_HEADS * (blocks + more) * HEAD_DIM * dtype.itemsize
+        for got, slots in zip((means.keys, means.values), pages.read(table, 0, length), strict=True):
+            plain = slots.double().unflatten(1, (-1, tokens)).mean(2)
+            torch.testing.assert_close(got.double(), plain, atol=0, rtol=tolerance)
+        first = means.cut(blocks)
+        assert (first.count, first.tokens, means.cut(99).count) == (blocks, tokens, means.count)
+        assert torch.equal(first.keys, means.keys[:, :blocks]) and torch.equal(first.values, means.values[:, :blocks])
+        joined = first.followed_by(pages.means(table, blocks, blocks + more, tokens))
+        assert torch.equal(joined.keys, means.keys) and torch.equal(joined.values, means.values)
+        assert joined.tokens == tokens and first.count == blocks
+        before = means.keys.clone()
+        pages.slabs[0].zero_()
+        assert torch.equal(means.keys, before), "they are no view of the cache"

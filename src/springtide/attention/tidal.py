@@ -286,10 +286,12 @@ class Tidal(Sparse):
         known = state.means.get(layer.index)
         if known is not None and known.tokens == tokens and known.count == count:
             return known
-        kept = None if known is None or known.tokens != tokens else known.cut(count)
-        start = 0 if kept is None else kept.count * tokens
-        new = Means.of(*segment.cache.read(layer.index, start, count * tokens), tokens)
-        means = new if kept is None else kept.followed_by(new)
+        if known is None or known.tokens != tokens:
+            means = segment.cache.means(layer.index, 0, count, tokens)
+        elif known.count < count:
+            means = known.followed_by(segment.cache.means(layer.index, known.count, count, tokens))
+        else:
+            means = known.cut(count)
         state.means = {**state.means, layer.index: means}  # copies of the state keep their own
         return means
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from springtide.kernels import native
+from springtide.kernels.means import Means, mean
 from springtide.kernels.visible import Visible
 
 if TYPE_CHECKING:
@@ -59,6 +60,21 @@ class Pages:
         joined = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
         keys, values = joined[:, :, start - first * PAGE : stop - first * PAGE]
         return keys, values
+
+    def means(self, table: Sequence[int], first: int, last: int, tokens: int) -> Means:
+        """Of the blocks ``first .. last``, one at least, of ``tokens`` slots each, each page read where it lies.
+
+        ``tokens`` divides ``PAGE`` or is a multiple of it.
+        """
+        start = first * tokens // PAGE
+        part = min(tokens, PAGE)
+        pages = [mean(run, part) for run in self._runs(table[start : -(-last * tokens // PAGE)])]
+        joined = torch.cat([run.permute(1, 2, 0, 3, 4).flatten(2, 3) for run in pages], 2)
+        if tokens > PAGE:
+            joined = mean(joined.to(torch.promote_types(joined.dtype, torch.float32)), tokens // PAGE)
+        skipped = (first * tokens - start * PAGE) // tokens
+        keys, values = joined[:, :, skipped : skipped + last - first].to(self.slabs[0].dtype)
+        return Means(keys, values, tokens)
 
     def _runs(self, numbers: Sequence[int]) -> list[Tensor]:
         """Pages ``[n, 2, H_kv, PAGE, D]`` with these numbers, those that follow one another in a slab as one view."""

@@ -20,11 +20,6 @@ class Means:
     values: Tensor
     tokens: int
 
-    @classmethod
-    def of(cls, keys: Tensor, values: Tensor, tokens: int) -> Self:
-        """Of the slots ``[H_kv, n * tokens, D]``."""
-        return cls(_mean(keys, tokens), _mean(values, tokens), tokens)
-
     @property
     def count(self) -> int:
         """How many blocks there are."""
@@ -44,6 +39,11 @@ class Means:
         return replace(self, keys=keys, values=values)
 
 
-def _mean(x: Tensor, tokens: int) -> Tensor:
-    blocks = x.reshape(len(x), -1, tokens, x.shape[2])
-    return blocks.mean(2, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+def mean(x: Tensor, tokens: int) -> Tensor:
+    """Means ``[..., n, D]`` of blocks of ``x [..., n * tokens, D]``, contiguous; summed up in fp32 at least.
+
+    As a product of matrices, which is several times as fast in bf16 as reducing a dimension.
+    """
+    weights = x.new_full((1, tokens), 1 / tokens)
+    blocks = x.reshape(-1, tokens, x.shape[-1])
+    return torch.matmul(weights, blocks).view(*x.shape[:-2], -1, x.shape[-1])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from springtide.kernels import PAGE, Pages
+from springtide.kernels import PAGE, Means, Pages
 from springtide.rows.pool import Group, Pool
 
 
@@ -83,6 +83,10 @@ class Cache:
         """
         table = self.tables[self.pool.windows[layer]]
         return self.pages(layer).read(table, start, min(stop, len(table) * PAGE))
+
+    def means(self, layer: int, first: int, last: int, tokens: int) -> Means:
+        """Of the blocks ``first .. last`` of ``tokens`` slots each; see :meth:`springtide.kernels.kv.Pages.means`."""
+        return self.pages(layer).means(self.tables[self.pool.windows[layer]], first, last, tokens)
 
     @torch.inference_mode()
     def commit(self, start: int, kept: Sequence[int], *, exact: bool) -> None:
