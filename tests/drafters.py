@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from springtide.attention import parse_policy
+from springtide.drafting.drafter import Drafter
 from springtide.drafting.hidden_transfer import HiddenTransfer
 from springtide.drafting.medusa import Heads, Medusa
 from springtide.drafting.shape import grow
+from springtide.engine.self_draft import SelfDraft
 from tiny import BASE
 
 VOCAB, HIDDEN = 7, BASE["hidden_size"]
@@ -27,6 +32,13 @@ def hidden_transfer(*layers: int, depth: int = 4) -> HiddenTransfer:
     """Maps at these three layers of a model of ``depth``."""
     weight = torch.eye(HIDDEN) + 0.1 * noise(3, HIDDEN, HIDDEN)
     return HiddenTransfer(weight, 0.1 * noise(3, HIDDEN), layers, num_layers=depth, vocab_size=VOCAB, shape=SHAPE)
+
+
+def self_draft(
+    policy: str = "tidal:budget=7,full=0,select=1", draft: Drafter | None = None, **options: Any
+) -> SelfDraft:
+    """The model under a sparse policy that leaves much out."""
+    return SelfDraft(parse_policy(policy), draft=draft, **{"tokens": 4, **options})
 
 
 class Letters:

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from springtide.attention.calibration import read_calibration, read_file
 from springtide.attention.policy import Policy
 from springtide.attention.tidal import NotCalibratedError
-from springtide.drafting import find_adapter, find_drafter
 from springtide.drafting.drafter import Drafter
+from springtide.engine.drafters import find_adapter, find_drafter
 from springtide.engine.engine import Engine
+from springtide.engine.self_draft import SPARSE, SelfDraft
 from springtide.errors import SpringtideError
 from springtide.files import reason
 from springtide.model.source import check_finite, find_model, foreign, load_tokenizer
@@ -128,6 +129,8 @@ def _kept_calibration(engine: Engine) -> dict[str, Any]:
 
 def drafting(engine: Engine, draft: str | Path | Drafter) -> Engine:
     """The engine with a drafter, see :func:`load`; raises SpringtideError for one that would change the model."""
+    if isinstance(draft, SelfDraft):
+        know_layers(engine, [draft.policy or SPARSE])
     drafted = copy(engine)
     drafted.drafter = engine.drafter_of(draft)
     return drafted

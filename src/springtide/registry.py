@@ -71,13 +71,17 @@ class Nested:
     """Annotates the type of an option that is given in the form of this module, such as ``(tidal:budget=256)``.
 
     ``noun`` says which registry reads it, so that rooms which do not import each other can name each other's things.
+    ``late``: the text stays one, for whoever knows what it may name beside.
     """
 
     noun: str
+    late: bool = False
 
     def parse(self, text: str) -> Any:
         """What ``text`` describes; the parentheses may be left out of a name alone. Raises SpringtideError."""
         inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+        if self.late:
+            return inner
         if inner is text and ":" in text:
             raise SpringtideError(f"A {self.noun} with options that is itself an option's value is written '({text})'.")
         return REGISTRIES[self.noun].parse(inner)

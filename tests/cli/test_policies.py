@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from springtide.attention import POLICIES
-from springtide.drafting import DRAFTERS
+from springtide.engine.drafters import DRAFTERS
 from springtide.options import options
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters import VOCAB, Letters, hidden_transfer, medusa
+from drafters import VOCAB, Letters, hidden_transfer, medusa, self_draft
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.lookup import Lookup
 from springtide.engine.engine import Engine
@@ -35,6 +35,8 @@ DRAFTERS: dict[str, Drafter] = {
     "lookup": Lookup(),
     "medusa": medusa(),
     "hidden transfer": hidden_transfer(1, 2, 2, depth=LAYERS),
+    "self": self_draft("streaming:budget=5,sinks=2"),
+    "self over medusa": self_draft("oracle:budget=5,skip=1", medusa()),
 }
 SAMPLINGS = (
     {},

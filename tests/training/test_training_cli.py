@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from folders import BOOK, VOCAB
-from springtide.drafting import find_drafter
+from springtide.engine.drafters import find_drafter
 from springtide.training import distill
 from springtide.training.trainer import Trainer
 

@@ -24,9 +24,9 @@ def medusa(
 ) -> None:
     """Read Medusa heads in the original project's, vLLM's or Springtide's layout and write them in another."""
 
-    from springtide.drafting import ADAPTER
     from springtide.drafting.folder import CONFIG
     from springtide.drafting.medusa import Medusa
+    from springtide.engine.drafters import ADAPTER
 
     if (target / CONFIG).exists():
         raise SpringtideError(f"'{target}' holds a {CONFIG} already; choose another folder for --to.")

@@ -7,6 +7,6 @@ from springtide.cli.show import print_options
 
 def drafters() -> None:
     """The drafters with their options; those with weights are taken from the model's folder, or by their own."""
-    from springtide.drafting import DRAFTERS
+    from springtide.engine.drafters import DRAFTERS
 
     print_options(DRAFTERS)

@@ -158,7 +158,7 @@ def drafts(
     results: Results,
 ) -> None:
     """Drafters against the same engine without one: acceptance, speed, and whether the output is the same."""
-    from springtide.drafting import find_adapter
+    from springtide.engine.drafters import find_adapter
     from springtide.evaluation import drafts as evaluation
     from springtide.model.source import find_model
     from springtide.registry import split

@@ -7,6 +7,7 @@ on the sequence's segments as ``segment.draft``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -39,6 +40,7 @@ class View:
         depth: how deep the tree may be; what is deeper is cut off.
         draft: the drafter's own state of the request.
         cache, policy, state: the request's cache, its policy, and the policy's state.
+        request: the request itself (:class:`springtide.engine.request.Request`), for drafters that run others like it.
     """
 
     tokens: Sequence[int]
@@ -47,6 +49,7 @@ class View:
     cache: Cache
     policy: Any
     state: Any
+    request: Any
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,11 @@ class Drafter:
         """Rows that a pass has for a request that is drafted for, at most."""
         return 1
 
+    @property
+    def branch_rows(self) -> int:
+        """Rows that it writes to a branch of a request's cache while it makes a draft, at most."""
+        return 0
+
     def memory(self, tokens: int) -> int:
         """Bytes that the draft state of a request of so many tokens takes at most, where it grows with them."""
         return 0
@@ -91,9 +99,21 @@ class Drafter:
         """Draft state of a request of which nothing was computed yet; copied when the request is forked."""
         return None
 
+    def branch(self, state: Any, tokens: Sequence[int]) -> Any:
+        """The draft state of a request that goes on from ``tokens``, and of which nothing will stay."""
+        return copy(state)
+
     def propose(self, views: Sequence[View]) -> list[TokenTree]:
         """For each request a tree whose node 0 is the last of its tokens."""
         return [TokenTree.single(view.tokens[-1]) for view in views]
+
+    @property
+    def observes(self) -> bool:
+        """Whether it wants to see the queries of the passes that it drafts for."""
+        return False
+
+    def observe(self, layer: Any, q: Tensor, segment: Segment) -> None:
+        """The queries ``[rows, H, D]`` of a segment that it drafted for, at an ``attention.policy.Layer``."""
 
     @property
     def grows(self) -> Sequence[int]:

@@ -118,6 +118,20 @@ class Index:
         return length, places
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """An index into which nothing is entered: n-grams of tokens that it does not have are looked up all the same."""
+
+    index: Index
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Enter nothing."""
+
+    def match(self, tokens: Sequence[int]) -> tuple[int, list[int]]:
+        """See :meth:`Index.match`."""
+        return self.index.match(tokens)
+
+
 def _table(entries: int) -> tuple[array[int], array[int]]:
     """Free slots, a power of two and more than ``entries``: ends and sizes."""
     slots = max(256, 1 << entries.bit_length())
@@ -164,10 +178,15 @@ class Lookup(Drafter):
     def new_state(self) -> Index:
         return Index(self.min_ngram, self.ngram)
 
+    def branch(self, state: Index, tokens: Sequence[int]) -> Frozen:
+        """Its n-grams are those of ``tokens``: what comes on the branch is not entered, since it would have to go."""
+        state.read(tokens)
+        return Frozen(state)
+
     def propose(self, views: Sequence[View]) -> list[TokenTree]:
         return [self._propose(view.draft, view.tokens) for view in views]
 
-    def _propose(self, index: Index, tokens: Sequence[int]) -> TokenTree:
+    def _propose(self, index: Index | Frozen, tokens: Sequence[int]) -> TokenTree:
         index.read(tokens)
         length, places = index.match(tokens)
         return merged(tokens, places, min(self.tokens, TRUST * length), self.depth)

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 
 from springtide.attention import parse_policy
 from springtide.attention.policy import Policy
-from springtide.drafting import find_adapter, find_drafter
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.guesser import Guesser
+from springtide.engine.drafters import find_adapter, find_drafter
 from springtide.engine.governor import Governor
 from springtide.engine.loop import CHUNK, PLAIN, Loop
 from springtide.engine.memory import Memory
 from springtide.engine.request import FinishReason, Request, Stats
+from springtide.engine.self_draft import SelfDraft
 from springtide.engine.session import Event, Session
 from springtide.engine.text import Detokenizer
 from springtide.errors import SpringtideError
@@ -130,10 +131,16 @@ class Engine:
         key = (id(draft) if isinstance(draft, Drafter) else str(draft), policy)
         if key not in self._drafters:
             drafter = (draft if isinstance(draft, Drafter) else self._named(draft)).resolve(self.stack)
-            if isinstance(drafter, Guesser):  # rows' cost takes a second to measure
-                drafter = drafter.tuned(cost_of_rows(self.stack, policy))
-            self._drafters[key] = draft, drafter
+            self._drafters[key] = draft, self._tuned(drafter, policy)
         return self._drafters[key][1]
+
+    def _tuned(self, drafter: Drafter, policy: Policy) -> Drafter:
+        """The drafter with a draft tree that pays under the policy by which its drafts are verified."""
+        if isinstance(drafter, SelfDraft):
+            return dataclasses.replace(drafter, draft=self._tuned(drafter.draft, drafter.policy))
+        if isinstance(drafter, Guesser):  # rows' cost takes a second to measure
+            return drafter.tuned(cost_of_rows(self.stack, policy))
+        return drafter
 
     def _named(self, draft: str | Path) -> Drafter:
         name = self.stack.model.name_or_path

@@ -160,7 +160,8 @@ class Memory:
         first = request.policy.resume(cache, request.prefilling) // PAGE
         last = -(-min(cache.length + self._rows(request), slots) // PAGE)
         return sum(
-            size * (max(0, last - len(cache.tables[window])) + cache.shared(window, first, last))
+            size
+            * (max(0, last - len(cache.tables[window])) + cache.shared(window, first, last) + _branch_pages(request))
             for window, size in self.stack.page_bytes.items()
         )
 
@@ -188,10 +189,11 @@ class Memory:
     def _most_pages(self, request: Request, window: int | None) -> int:
         """Pages that a request may come to have; one more, since it copies a shared one that it goes on in."""
         most = -(-(self._slots(request) + request.drafter.most_rows) // PAGE) + 1
+        most += _branch_pages(request)
         if window is None:
             return most
         rows = max(self.chunk, GIVEN_ROWS, request.drafter.most_rows) + request.policy.most_refreshed
-        return min(most, (window + rows) // PAGE + 3)
+        return min(most, (window + rows) // PAGE + 3 + _branch_pages(request))
 
     def _slots(self, request: Request) -> int:
         """Tokens that a request may come to have."""
@@ -200,6 +202,12 @@ class Memory:
 
     def _prefix(self, request: Request, count: int | None = None) -> Prefix:
         return Prefix.of(request, request.cache.exact if count is None else count, self.spec.rope)
+
+
+def _branch_pages(request: Request) -> int:
+    """Pages that a draft on a branch of the cache takes; one more, since it copies a shared one that it goes on in."""
+    rows = request.drafter.branch_rows
+    return -(-rows // PAGE) + 1 if rows else 0
 
 
 def _mebibytes(count: int) -> str:

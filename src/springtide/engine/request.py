@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 from torch import Tensor
@@ -143,7 +143,7 @@ class Request:
 
     def view(self, depth: int) -> View:
         """What the drafter sees when it is asked for a tree of that depth."""
-        return View(self.tokens, depth, self.draft, self.cache, self.policy, self.state)
+        return View(self.tokens, depth, self.draft, self.cache, self.policy, self.state, self)
 
     def segment(self, kind: Kind, start: int, tokens: list[int], parents: list[int], **options: Any) -> Segment:
         """Rows of this request that follow its first ``start`` tokens."""
@@ -206,8 +206,20 @@ class Request:
         twin.tokens, twin.from_draft = list(self.tokens), list(self.from_draft)
         twin.logprobs, twin.admitted = list(self.logprobs), False
         twin.cache, twin.state, twin.draft = self.cache.fork(), self.state.fork(), copy(self.draft)
-        twin.seen = Seen(twin.tokens)
+        twin.seen = self.seen.fork()
         twin.writer = copy(self.writer)
+        return twin
+
+    def branch(self, policy: Policy, state: State, drafter: Drafter, draft: Any, count: int) -> Self:
+        """A request for ``count`` tokens more, under another policy and drafter, of which nothing will stay."""
+        twin = copy(self)
+        twin.tokens, twin.seen, twin.from_draft = list(self.tokens), self.seen.fork(), []
+        twin.cache, twin.policy, twin.state = self.cache.fork(), policy, state
+        twin.drafter, twin.draft = drafter, draft
+        twin.sampling = replace(self.sampling, max_tokens=len(self.output) + count, stop=(), logprobs=None)
+        twin.writer = twin.watch = twin.meter = twin.record = None
+        twin.decode_bytes = 0
+        twin.finish_reason = None if count else "length"
         return twin
 
     def release(self) -> None:

@@ -35,9 +35,13 @@ WINDOWS = 16  # pieces of a book, at most, that give the perplexity of a target
 
 @dataclass(frozen=True)
 class Passage:
-    """``prompts`` that all begin with ``context``: a piece of a book, or a book with facts and questions about them."""
+    """``prompts`` that all begin with ``context``: a piece of a book, or a book with facts and questions about them.
+
+    ``length``: about how many tokens each prompt has.
+    """
 
     text: Text
+    length: int
     context: list[int]
     prompts: list[list[int]]
 
@@ -57,7 +61,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Drafts:
-    """What a drafter gains over ``prompts`` prompts from one kind of ``text``.
+    """What a drafter gains over ``prompts`` prompts of about ``length`` tokens from one kind of ``text``.
 
     ``acceptance_length``: tokens that a pass of the target gives, its own one counted; ``passes_per_token`` is its
     inverse. ``acceptance_by_position``: the share of passes in which the draft at depth 1, 2, ... was accepted.
@@ -65,7 +69,8 @@ class Drafts:
     former. ``outputs_equal``: the share of prompts whose tokens are those decoded without a drafter, which all are but
     ``prompts_that_differ``; where the drafter ``changes_model``, both are decoded by the model as it changed it.
     ``perplexity``: the target's on the book, and ``base_perplexity`` that of the model before a drafter changed it;
-    both None where none of the drafters does. Figures that no decoded token stands behind are None.
+    both None where none of the drafters does. ``drafter_bytes``: what the drafter remembered of a prompt and its
+    output, at most. Figures that no decoded token stands behind are None.
     """
 
     draft: str
@@ -73,6 +78,7 @@ class Drafts:
     budget: int | str | None
     temperature: float
     text: Text
+    length: int
     prompts: int
     acceptance_length: float | None
     acceptance_by_position: list[float]
@@ -80,6 +86,7 @@ class Drafts:
     ms_per_token: float | None
     undrafted_ms_per_token: float | None
     speedup: float | None
+    drafter_bytes: int
     outputs_equal: float
     prompts_that_differ: int
     changes_model: bool
@@ -95,6 +102,7 @@ class Tally:
     tokens: int = 0
     seconds: float = 0.0
     differing: int = 0
+    drafter_bytes: int = 0
     depths: list[int] = field(default_factory=list)
 
     def add(self, sequence: Request, expected: list[int]) -> None:
@@ -104,6 +112,7 @@ class Tally:
         self.seconds += (sequence.last_token or 0.0) - (sequence.first_token or 0.0)
         self.differing += sequence.output != expected
         self.depths += accepted_depths(sequence.from_draft[1:])
+        self.drafter_bytes = max(self.drafter_bytes, getattr(sequence.draft, "nbytes", 0))
 
     @property
     def by_position(self) -> list[float]:
@@ -155,17 +164,18 @@ def passages(
         )
     found = []
     for number, (haystack, start) in enumerate(rng.sample(places, prompts)):
-        room = lengths[number % len(lengths)] - len(haystack.opening)
-        context = haystack.opening + haystack.book[start : start + room]
-        found.append(Passage("book", context, [context]))
+        length = lengths[number % len(lengths)]
+        context = haystack.opening + haystack.book[start : start + length - len(haystack.opening)]
+        found.append(Passage("book", length, context, [context]))
     asked = 0
     while asked < recall:
         number = len(found) - prompts
         haystack = fitting[number % len(fitting)]
-        trial = haystack.trial(lengths[number % len(lengths)], number)
+        length = lengths[number % len(lengths)]
+        trial = haystack.trial(length, number)
         questions = trial.questions[: recall - asked]
         ends = [tokenizer.encode(facts.question(q.word), add_special_tokens=False) for q in questions]
-        found.append(Passage("recall", trial.context, [trial.context + end for end in ends]))
+        found.append(Passage("recall", length, trial.context, [trial.context + end for end in ends]))
         asked += len(questions)
     yield found
 
@@ -218,7 +228,7 @@ def drafts(
     for engine in engines:
         reader = plain.get(engine, engine).read(passages[0].context)
         _decode(engine, passages[0].prompts[0], reader, Sampling(max_tokens=WARM_UP))
-    tallies: dict[tuple[Text, float, Engine], Tally] = defaultdict(Tally)
+    tallies: dict[tuple[Text, int, float, Engine], Tally] = defaultdict(Tally)
 
     def rows() -> list[Drafts]:
         return [
@@ -226,15 +236,16 @@ def drafts(
                 contender,
                 policy,
                 text,
+                length,
                 temperature,
-                tallies[text, temperature, contender.engine],
-                tallies[text, temperature, contender.plain],
+                tallies[text, length, temperature, contender.engine],
+                tallies[text, length, temperature, contender.plain],
                 quality,
             )
-            for text in dict.fromkeys(passage.text for passage in passages)
+            for text, length in sorted({(passage.text, passage.length) for passage in passages})
             for temperature in temperatures
             for contender, policy in zip(contenders, policies, strict=True)
-            if (text, temperature, contender.engine) in tallies
+            if (text, length, temperature, contender.engine) in tallies
         ]
 
     number = 0
@@ -252,7 +263,7 @@ def drafts(
                 }
                 for engine, sequence in decoded.items():
                     expected = decoded[plain.get(engine, engine)].output
-                    tallies[passage.text, temperature, engine].add(sequence, expected)
+                    tallies[passage.text, passage.length, temperature, engine].add(sequence, expected)
             yield rows
 
 
@@ -293,6 +304,7 @@ def _result(
     contender: Contender,
     policy: str,
     text: Text,
+    length: int,
     temperature: float,
     own: Tally,
     plain: Tally,
@@ -305,6 +317,7 @@ def _result(
         budget=contender.plain.policy.named_budget,
         temperature=temperature,
         text=text,
+        length=length,
         prompts=own.prompts,
         acceptance_length=own.tokens / len(own.depths) if own.depths else None,
         acceptance_by_position=own.by_position,
@@ -312,6 +325,7 @@ def _result(
         ms_per_token=ms,
         undrafted_ms_per_token=undrafted,
         speedup=undrafted / ms if undrafted and ms else None,
+        drafter_bytes=own.drafter_bytes,
         outputs_equal=1 - own.differing / own.prompts,
         prompts_that_differ=own.differing,
         changes_model=contender.plain.stack is not contender.base.stack,
@@ -359,6 +373,6 @@ def plot(path: Path, found: Sequence[Drafts]) -> None:
 
 def _settings(found: Sequence[Drafts]) -> list[dict[str, Any]]:
     """Of each row, that in which the rows differ."""
-    names = {"text": "text", "policy": "policy", "budget": "budget", "T": "temperature"}
+    names = {"text": "text", "length": "length", "policy": "policy", "budget": "budget", "T": "temperature"}
     varied = {title: name for title, name in names.items() if len({getattr(row, name) for row in found}) > 1}
     return [{title: getattr(row, name) for title, name in varied.items()} for row in found]

@@ -218,6 +218,9 @@ class Pass:
         self.stack = stack
         self.segments = segments
         self._reads: dict[Any, Reads] = {}  # none before the caches have room for the rows
+        self._observed = [
+            place for place, segment in enumerate(segments) if segment.drafter is not None and segment.drafter.observes
+        ]
 
     def embed(self) -> Tensor:
         """Input of layer 0, ``[R, hidden]``."""
@@ -251,6 +254,8 @@ class Pass:
         everyone = tuple(range(len(segments)))
         kernels.write(self._kv(layer, everyone), k, v)
         rows = self.split(q)
+        for place in self._observed:
+            segments[place].drafter.observe(layer, rows[place], segments[place])
         slots = [segment.policy.reads(layer, own, segment) for segment, own in zip(segments, rows, strict=True)]
         dense = tuple(place for place in everyone if slots[place] is None)
         outputs = list(rows)

@@ -113,6 +113,12 @@ class Seen:
         self._known |= new
         self._new += new
 
+    def fork(self) -> Seen:
+        """An independent copy."""
+        twin = Seen()
+        twin.length, twin._known, twin._new, twin._ids = self.length, set(self._known), list(self._new), self._ids
+        return twin
+
     def ids(self, device: torch.device) -> Tensor:
         """The tokens, each once, in any order."""
         if self._new or self._ids.device != device:

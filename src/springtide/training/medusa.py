@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from springtide.drafting import ADAPTER
 from springtide.drafting.medusa import Heads, Medusa
+from springtide.engine.drafters import ADAPTER
 from springtide.errors import SpringtideError
 from springtide.files import filling
 from springtide.model.stack import Stack

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from folders import save_drafter, save_model
-from springtide.drafting import DRAFTERS, find_drafter, find_folder
 from springtide.drafting.lookup import Lookup
 from springtide.drafting.medusa import Medusa
+from springtide.engine.drafters import DRAFTERS, find_drafter, find_folder
 from springtide.errors import SpringtideError
 
 
@@ -44,7 +44,7 @@ def test_a_folders_path_may_have_any_characters(model, tmp_path, monkeypatch):
     [
         (
             "nosuch",
-            "There is no drafter 'nosuch': choose lookup, medusa, medusa2, hidden-transfer, or give a",
+            "There is no drafter 'nosuch': choose lookup, medusa, medusa2, hidden-transfer, self, or give a",
         ),
         ("", "There is no drafter ''"),
         ("nosuch:ngram=3", "There is no drafter 'nosuch:ngram=3': choose lookup"),
