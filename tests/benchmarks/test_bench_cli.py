@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_benchmarks import DECODE, PREFILL, ROWS
 from test_shapes import SMALL
+from test_simulated import FIELDS
 
 from springtide.benchmarks import contenders, peers, shapes, traffic
 
@@ -83,9 +84,52 @@ def test_rows(run, tmp_path, monkeypatch):
     check_plot(tmp_path / "out.png")
 
 
+def test_simulated_drafts(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "llama-1b", shapes.SHAPES["llama-1b"] | SMALL)
+    result = run(
+        *("bench", "decode", "--shape", "llama-1b", "--context", "64,90", "--fill", "random", "--steps", 2),
+        *("--policy", "dense,tidal", "--budget", "16,32", "--draft", "sim:tau=3,accept=0.8+1"),
+        *("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png"),
+    )
+    assert (result.code, result.err) == (0, "")
+    found = content(tmp_path / "out.json")
+    assert all(list(row) == FIELDS.split() and row["simulated"] is True for row in found)
+    assert [(row["context"], row["policy"], row["budget"], row["accept"]) for row in found] == [
+        (context, "tidal", budget, accept) for context in (64, 90) for budget in (16, 32) for accept in (0.8, 1)
+    ]
+    for row in found:
+        assert f"simulated acceptance: tidal {row['budget']} drafts after {row['context']} tokens" in result.out
+        assert f"d = {row['dense_ms']:.4g} ms: a dense pass of 1 row; c = {row['draft_ms']:.4g} ms" in result.out
+        assert f"break-even after {row['context']} tokens: " in result.out
+    assert result.out.count("simulated acceptance a = 0.8") == result.out.count("simulated acceptance a = 1 ") == 4
+    assert "ms/token = (ceil(g / 3) * c + v) / (1 + a + ... + a^g)" in result.out
+    check_plot(tmp_path / "out.png")
+
+
+@pytest.mark.parametrize(
+    ("break_even", "told"),
+    [
+        (None, "none, even a simulated acceptance of 1 does not pay"),
+        (0.0, "none, every simulated acceptance pays"),
+        (0.87654, "a simulated acceptance of 0.877"),
+    ],
+)
+def test_the_break_even_is_named(run, folder, monkeypatch, break_even, told):
+    monkeypatch.setattr("springtide.benchmarks.simulated.break_even", lambda *_: break_even)
+    base = ("bench", "decode", "--model", folder, "--context", 64, "--steps", 1)
+    result = run(*base, "--policy", "streaming:budget=16", "--draft", "sim:tokens=2")
+    assert f"break-even after 64 tokens: {told}\n" in result.out
+    assert "(g * c + v)" in result.out and "a sparse pass of 1 row\n" in result.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["decode", "--draft", "sim:tau=0"], "sim: tau is 0, but it must be at least 1"),
+        (["decode", "--draft", "sim:accept=2"], "sim: accept is 2, but it must be above 0 and at most 1"),
+        (["decode", "--draft", "lookup"], "takes 'sim' with its options, not 'lookup'"),
+        (["decode", "--draft", "sim", "--policy", "dense"], "--policy names none; add one, such as tidal"),
+        (["decode", "--draft", "sim", "--against", "transformers"], "leave out --against or --draft"),
         (["decode", "--model", "pocket", "--shape", "llama-1b"], "Give either --model or --shape, not both"),
         (["decode", "--shape", "llama-9b"], "Unknown shape 'llama-9b': choose one of llama-1b, llama-3b"),
         (["decode", "--shape", "llama-1b", "--context", "2000000"], "use a shorter --context"),
@@ -112,6 +156,8 @@ def test_mistakes_are_found_before_a_model_is_loaded(run, arguments, message, tm
         (["decode", "--context", "64,1000", "--steps", 24], 1025),
         (["prefill", "--context", "64,1024"], 1025),
         (["rows", "--context", 1000, "--rows", "1,25"], 1025),
+        (["decode", "--context", 1000, "--policy", "streaming", "--draft", "sim:tokens=24"], 1025),
+        (["decode", "--context", 1000, "--policy", "streaming", "--draft", "sim:rows=33"], 1033),
     ],
 )
 def test_a_context_beyond_the_models(run, folder, arguments, total):

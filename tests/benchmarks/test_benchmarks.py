@@ -14,6 +14,7 @@ from springtide.attention.calibration import VERSION
 from springtide.benchmarks import contenders, decode, prefill, rows, traffic
 from springtide.benchmarks.peers import Target, Transformers
 from springtide.engine.engine import Engine
+from springtide.rows.cache import Cache
 from tiny import tiny
 
 DECODE = (
@@ -189,3 +190,11 @@ def test_rows(engine):
         one = next(c for c in cells if c.policy == cell.policy and c.rows == 1)
         assert cell.ratio_to_one_row == pytest.approx(cell.ms / one.ms)
         assert cell.context == 40
+
+
+def test_rows_are_timed_as_while_decoding(engine, monkeypatch):
+    """What a policy makes once for a sequence is made once, not in every pass."""
+    calls, means = [], Cache.means
+    monkeypatch.setattr(Cache, "means", lambda cache, layer, *rest: calls.append(layer) or means(cache, layer, *rest))
+    list(rows.rows(engine, policies(engine, "dense", "tidal:budget=64,means=4"), [2], 140, 3, "prefill"))
+    assert sorted(calls) == [2, 3]  # the layers that read what another one chose

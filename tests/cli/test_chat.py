@@ -60,7 +60,9 @@ def test_sampling_options_reach_the_engine(run, folder):
 def test_stats_of_each_answer(run, folder):
     result = run("chat", "--model", folder, "--max-tokens", 4, "--stats", stdin="Who is it?\nAnd why?\n")
     assert result.err.count("4 generated") == result.err.count("tokens/s") == result.err.count("\n") == 2
-    assert "tokens/s" not in result.out
+    assert "tokens/s" not in result.out and "drafted" not in result.err
+    drafted = run("chat", "--model", folder, "--max-tokens", 4, "--stats", "--draft", "lookup", stdin="Who is it?\n")
+    assert "tokens drafted" in drafted.err
 
 
 def test_reset_starts_anew_with_the_system_message(run, folder, turns, tmp_path):

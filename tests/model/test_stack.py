@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import springtide
 from folders import VOCAB
+from springtide.attention.calibration import VERSION
 from springtide.engine.engine import Engine
 from tiny import random_tokens, tiny
 
@@ -27,3 +28,13 @@ def test_the_users_model_stays_usable(folder):
     assert torch.equal(before, after)
     model(ids, labels=ids).loss.backward()
     assert model.lm_head.weight.grad is not None
+
+
+def test_rows_that_do_not_stay_are_as_the_state_of_their_sequence_has_them():
+    engine = Engine(tiny("llama"), calibration={"version": VERSION, "tidal": {"full": [0], "select": [1]}})
+    policy, tokens = engine.resolve("tidal:budget=64,means=4"), random_tokens(150)
+    cache, state = engine.stack.read(tokens[:140]), policy.new_state()
+    fresh = engine.stack.peek(cache, policy, tokens[140:], range(-1, 9))
+    for _ in range(2):
+        assert torch.equal(engine.stack.peek(cache, policy, tokens[140:], range(-1, 9), state=state), fresh)
+    assert cache.length == 140 and sorted(state.means) == [2, 3] and state.selected is None

@@ -70,9 +70,9 @@ class Slots:
 
 @dataclass(frozen=True)
 class Policy:
-    """Dense attention, and the base of every other policy.
+    """Dense attention: every layer reads all that it may see.
 
-    A policy says what is read; the pass does the reading (:func:`read`).
+    It is the base of every other policy. A policy says what is read; the pass does the reading (:func:`read`).
     """
 
     name: ClassVar[str] = "dense"

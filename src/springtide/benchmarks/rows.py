@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -13,8 +13,9 @@ import torch
 from springtide.attention.policy import Policy
 from springtide.benchmarks.contenders import PAUSE, Fill, dtype_name, filled, random_prompt, timed
 from springtide.engine.engine import Engine
-from springtide.engine.request import Request
 from springtide.evaluation.report import labels
+
+Cell = tuple[Policy, int]  # a kind of pass: how its rows attend, and how many they are
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,11 @@ def rows(
 ) -> Iterator[list[Rows] | None]:
     """Time ``passes`` passes for each number of rows, and for one row, by turns.
 
-    The rows are a chain, as of one drafted continuation, and none of them stays in the cache. Yields None after
-    everything done, for progress, and the results last.
+    Yields None after everything done, for progress, and the results last.
     """
     counts = sorted({1, *counts})
-    reader = filled(engine, context, fill)
-    yield None
     cells = [(policy, count) for policy in policies for count in counts]
-    times: dict[tuple[Policy, int], list[float]] = {cell: [] for cell in cells}
-    for policy, count in cells:
-        _pass(engine, policy, reader, count)  # not timed: the first pass of a kind allocates
-    for _ in range(passes):
-        for policy, count in cells:
-            time.sleep(PAUSE)
-            times[policy, count] += timed(partial(_pass, engine, policy, reader, count), 1)
-            yield None
-    medians = {cell: 1e3 * median(seconds) for cell, seconds in times.items()}
+    medians = yield from median_ms(engine, cells, context, passes, fill)
     yield [
         Rows(
             policy=name,
@@ -73,6 +63,28 @@ def rows(
     ]
 
 
-def _pass(engine: Engine, policy: Policy, reader: Request, count: int) -> None:
-    tokens, chain = random_prompt(engine, count), range(-1, count - 1)
-    engine.stack.peek(reader.cache, policy, tokens, chain).argmax(-1).tolist()
+def median_ms(
+    engine: Engine, cells: Sequence[Cell], context: int, passes: int, fill: Fill
+) -> Generator[None, None, dict[Cell, float]]:
+    """Median milliseconds of ``passes`` passes of each kind after ``context`` tokens; the kinds take turns.
+
+    The rows are a chain, as of one drafted continuation, and none of them stays in the cache. What a policy makes once
+    for a sequence is there before, as while decoding. Yields after the context is there, and after every pass.
+    """
+    reader = filled(engine, context, fill)
+    yield
+    states = {policy: policy.new_state() for policy, _ in cells}
+
+    def peek(policy: Policy, count: int) -> None:
+        tokens, chain = random_prompt(engine, count), range(-1, count - 1)
+        engine.stack.peek(reader.cache, policy, tokens, chain, state=states[policy]).argmax(-1).tolist()
+
+    for cell in cells:
+        peek(*cell)  # not timed: the first pass of a kind allocates
+    seconds: dict[Cell, list[float]] = {cell: [] for cell in cells}
+    for _ in range(passes):
+        for cell in cells:
+            time.sleep(PAUSE)
+            seconds[cell] += timed(partial(peek, *cell), 1)
+            yield
+    return {cell: 1e3 * median(own) for cell, own in seconds.items()}

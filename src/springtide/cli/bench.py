@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,7 +26,9 @@ from springtide.cli.show import result_of
 from springtide.errors import SpringtideError
 
 if TYPE_CHECKING:
+    from springtide.attention.policy import Policy
     from springtide.benchmarks.peers import Peer
+    from springtide.benchmarks.simulated import Simulated
     from springtide.engine.engine import Engine
 
 Contexts = Annotated[str, typer.Option("--context", help="Comma list of context lengths, tokens.")]
@@ -120,7 +123,16 @@ def decode(
     context: Contexts = "1024,8192",
     policies: Policies,
     peers: Peers,
-    steps: Annotated[int, typer.Option(min=1, help="Tokens to time after each context.")] = 32,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="sim:tau=T,rows=R,tokens=G,accept=A+B: what lossless decoding with drafts by the sparse policies "
+            "would take if the shares A and B of them were accepted; see docs/performance.md."
+        ),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Tokens to time after each context (with --draft: passes of each kind).")
+    ] = 32,
     fill: Fill = "prefill",
     results: Results,
 ) -> None:
@@ -131,6 +143,11 @@ def decode(
     results.check()
     peers.check()
     contexts, wanted = read_numbers(context, "--context"), policies.read()
+    if draft is not None:
+        if peers.against is not None:
+            raise SpringtideError("--draft compares with dense decoding alone; leave out --against or --draft.")
+        _simulate(weights, contexts, wanted, draft, steps, fill, results)
+        return
     more = steps + 1  # the first token after the prompt is not timed
     engine = weights.load(contexts, more)
     compared, others = resolved(engine, wanted), peers.prepare(engine, weights.shape, max(contexts) + more)
@@ -241,6 +258,77 @@ def kernels(
     print(f"{first['dtype']}, {first['threads']} threads, read bandwidth {first['bandwidth']:.1f} GB/s")
     shown = ("kernel", "rows", "budget", "ms", "gb_per_second", "share_of_bandwidth", "ratio_to_torch")
     print_table([{name: row[name] for name in shown} for row in rows])
+
+
+def _simulate(
+    weights: Weights,
+    contexts: Sequence[int],
+    policies: Sequence[Policy],
+    draft: str,
+    passes: int,
+    fill: Literal["prefill", "random"],
+    results: Results,
+) -> None:
+    """Show what drafts by the sparse ones of ``policies`` would gain."""
+    from springtide.benchmarks import simulated as benchmark
+    from springtide.evaluation.report import plot_lines
+
+    drafts = benchmark.parse_drafts(draft)
+    sparse = [policy for policy in policies if policy.name != "dense"]
+    if not sparse:
+        raise SpringtideError("--draft sim drafts by a sparse policy, but --policy names none; add one, such as tidal.")
+    engine = weights.load(contexts, max(drafts.sparse_rows, *drafts.dense_rows))
+    compared = resolved(engine, sparse)
+    total = benchmark.steps_of(len(contexts), len(compared), drafts, passes)
+    found = result_of(benchmark.simulated(engine, compared, drafts, contexts, passes, fill), total, "passes")
+    rows = [asdict(row) for row in found]
+    results.write(rows)
+    print(f"{rows[0]['dtype']}, {rows[0]['threads']} threads; costs are measured, acceptance is simulated")
+    for _, own in groupby(found, key=lambda row: (row.context, row.policy, row.budget)):
+        _print_simulated(list(own))
+    if results.plot:
+        named = [row | {"policy": f"accepted {row['accept']:g}, {row['policy']}"} for row in rows]
+        series = _series_of(named, "context", "speedup")
+        plot_lines(results.plot, series, x="context (tokens)", y="speed-up, simulated acceptance", log_x=True)
+
+
+def _print_simulated(rows: Sequence[Simulated]) -> None:
+    """Print what one policy's drafts gain after one context, and how that follows from what was measured."""
+    from springtide.benchmarks.contenders import title
+    from springtide.evaluation.report import print_table, shown
+
+    first = rows[0]
+    name, passes = title(None, first.policy, first.budget), "g" if first.tau == 1 else f"ceil(g / {first.tau:g})"
+    sparse = "1 row" if first.rows == 1 else f"{first.rows} rows ({shown(first.sparse_ms)} of 1)"
+    dense = ", ".join(f"{shown(ms)} ms for {count} rows" for count, ms in first.measured_ms[1:])
+    print(
+        f"\nsimulated acceptance: {name} drafts after {first.context} tokens\n"
+        f"d = {shown(first.dense_ms)} ms: a dense pass of 1 row; "
+        f"c = {shown(first.draft_ms)} ms: a sparse pass of {sparse}\n"
+        f"v: a dense pass of g + 1 rows; measured were {dense}\n"
+        f"ms/token = ({passes} * c + v) / (1 + a + ... + a^g), for g drafted tokens of which the share a is accepted; "
+        "speed-up = d / that"
+    )
+    print_table(
+        [
+            {
+                "": f"simulated acceptance a = {row.accept:g}",
+                "g": row.tokens,
+                "passes": row.passes,
+                "v": row.verify_ms,
+                "tokens/round": row.tokens_per_round,
+                "ms/token": row.ms_per_token,
+                "speed-up": row.speedup,
+            }
+            for row in rows
+        ]
+    )
+    if first.break_even is None:
+        print(f"break-even after {first.context} tokens: none, even a simulated acceptance of 1 does not pay")
+    elif first.break_even == 0:
+        print(f"break-even after {first.context} tokens: none, every simulated acceptance pays")
+    else:
+        print(f"break-even after {first.context} tokens: a simulated acceptance of {first.break_even:.3f}")
 
 
 def _set_threads(threads: int | None) -> None:

@@ -55,7 +55,7 @@ def chat(
             print(" [stopped]", end="")
         print(flush=True)
         if stats:
-            print(stats_line(request.stats()), file=sys.stderr)
+            print(stats_line(request.stats(), draft is not None), file=sys.stderr)
         messages += [{"role": "user", "content": line}, {"role": "assistant", "content": request.text}]
 
 

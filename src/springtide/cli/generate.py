@@ -74,7 +74,7 @@ def generate(
             print(f"[seed {sample.seed}]\n{output.text}", flush=True)
     if stats:
         for output in outputs:
-            print(stats_line(output.stats), file=sys.stderr)
+            print(stats_line(output.stats, draft is not None), file=sys.stderr)
     if json_file:
         write_json(json_file, outputs[0].as_json() if n is None else [output.as_json() for output in outputs])
     if interrupted:

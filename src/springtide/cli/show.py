@@ -75,7 +75,8 @@ class _Painter:
         self.console.file.flush()
 
 
-def stats_line(stats: Any) -> str:
+def stats_line(stats: Any, drafted: bool) -> str:
+    """What a request took; ``drafted``: it had a drafter, to be told of."""
     parts = [
         f"{stats.prompt_tokens} prompt tokens" + (f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""),
         f"{stats.completion_tokens} generated",
@@ -86,7 +87,7 @@ def stats_line(stats: Any) -> str:
         parts += [f"TPOT {stats.tpot_ms:.1f} ms", f"{stats.tokens_per_second:.1f} tokens/s"]
     if stats.kv_bytes_per_token is not None:
         parts.append(f"{stats.kv_bytes_per_token / 1e6:.3f} MB of KV cache read a token")
-    if stats.acceptance_length is not None:
+    if drafted and stats.acceptance_length is not None:
         parts += [
             f"{stats.passes} passes",
             f"{stats.drafted_tokens} tokens drafted",

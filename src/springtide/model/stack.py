@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from springtide import kernels
-from springtide.attention.policy import Layer, Policy, gathered
+from springtide.attention.policy import Layer, Policy, State, gathered
 from springtide.drafting.drafter import Drafter
 from springtide.errors import SpringtideError
 from springtide.kernels import KV, PAGE, Reads, native
@@ -101,15 +101,25 @@ class Stack:
         return step.split(step.run(hidden, start, self.spec.num_layers))
 
     def peek(
-        self, cache: Cache, policy: Policy, tokens: Sequence[int], parents: Sequence[int], asked: Tensor | None = None
+        self,
+        cache: Cache,
+        policy: Policy,
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        asked: Tensor | None = None,
+        state: State | None = None,
     ) -> Tensor:
         """Logits ``[n, V]`` at decoded rows behind what ``cache`` holds, none of which stays there.
 
         ``parents`` are those of the rows, as in :class:`springtide.rows.segment.Segment`; ``asked`` the rows that
-        logits are wanted of, int64 (default: all).
+        logits are wanted of, int64 (default: all). ``state`` is what the policy remembers of the sequence (default:
+        nothing yet), and keeps what this pass adds.
         """
-        state, rows = policy.new_state(), (list(tokens), list(parents))
-        (hidden,) = self.forward([Segment(cache, cache.length, *rows, "decode", policy, state, device=self.device)])
+        state = policy.new_state() if state is None else state
+        rows = list(tokens), list(parents)
+        segment = Segment(cache, cache.length, *rows, "decode", policy, state, device=self.device)
+        (hidden,) = self.forward([segment])
+        policy.commit(segment, [])
         return self.logits(hidden if asked is None else hidden[asked.to(self.device)])
 
     def read(self, tokens: Sequence[int]) -> Cache:
