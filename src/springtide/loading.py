@@ -129,10 +129,11 @@ def _kept_calibration(engine: Engine) -> dict[str, Any]:
 
 def drafting(engine: Engine, draft: str | Path | Drafter) -> Engine:
     """The engine with a drafter, see :func:`load`; raises SpringtideError for one that would change the model."""
-    if isinstance(draft, SelfDraft):
-        know_layers(engine, [draft.policy or SPARSE])
+    drafter = draft if isinstance(draft, Drafter) else engine.named(draft)
+    if isinstance(drafter, SelfDraft):
+        know_layers(engine, [drafter.policy or SPARSE])
     drafted = copy(engine)
-    drafted.drafter = engine.drafter_of(draft)
+    drafted.drafter = engine.drafter_of(drafter)
     return drafted
 
 

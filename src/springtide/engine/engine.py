@@ -130,7 +130,7 @@ class Engine:
         policy = policy or self.policy
         key = (id(draft) if isinstance(draft, Drafter) else str(draft), policy)
         if key not in self._drafters:
-            drafter = (draft if isinstance(draft, Drafter) else self._named(draft)).resolve(self.stack)
+            drafter = (draft if isinstance(draft, Drafter) else self.named(draft)).resolve(self.stack)
             self._drafters[key] = draft, self._tuned(drafter, policy)
         return self._drafters[key][1]
 
@@ -142,7 +142,8 @@ class Engine:
             return drafter.tuned(cost_of_rows(self.stack, policy))
         return drafter
 
-    def _named(self, draft: str | Path) -> Drafter:
+    def named(self, draft: str | Path) -> Drafter:
+        """The drafter of that name or folder; raises SpringtideError if it is missing or would change the model."""
         name = self.stack.model.name_or_path
         folder = Path(name) if name else None
         if find_adapter(draft, folder) is not None:
