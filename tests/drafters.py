@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from springtide.drafting.hidden_transfer import HiddenTransfer
+from springtide.drafting.longspec import Block, LongSpec, Sizes
 from springtide.drafting.medusa import Heads, Medusa
 from springtide.drafting.shape import grow
 from tiny import BASE
@@ -27,6 +30,17 @@ def hidden_transfer(*layers: int, depth: int = 4) -> HiddenTransfer:
     """Maps at these three layers of a model of ``depth``."""
     weight = torch.eye(HIDDEN) + 0.1 * noise(3, HIDDEN, HIDDEN)
     return HiddenTransfer(weight, 0.1 * noise(3, HIDDEN), layers, num_layers=depth, vocab_size=VOCAB, shape=SHAPE)
+
+
+def longspec(**options: Any) -> LongSpec:
+    """A block with a window of 12 tokens, for three tokens ahead."""
+    sizes = Sizes(HIDDEN, BASE["num_attention_heads"], BASE["num_key_value_heads"], BASE["head_dim"], 48)
+    block = Block(sizes)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in block.parameters():
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator) + (weight.ndim == 1))
+    return LongSpec(block, **{"vocab_size": VOCAB, "window": 12, "trained": 4096, "temperatures": (1.0,) * 3} | options)
 
 
 class Letters:

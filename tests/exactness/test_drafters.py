@@ -8,7 +8,7 @@ from functools import cache, partial
 import pytest
 import torch
 
-from drafters import VOCAB, Letters, hidden_transfer, medusa
+from drafters import VOCAB, Letters, hidden_transfer, longspec, medusa
 from springtide.drafting.lookup import Lookup
 from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
@@ -35,6 +35,8 @@ DRAFTERS = {
     "hidden transfer before selecting": hidden_transfer(0, 1, 1),
     "hidden transfer after selecting": hidden_transfer(2, 2, 3),
     "hidden transfer between selecting": hidden_transfer(1, 2, 3),
+    "longspec": longspec(),
+    "longspec that reads little": longspec(cross=6),
 }
 CASES = {
     f"{name}, {policy.split(':')[0]}": (drafter, policy + ",reselect=3" * ("between" in name and policy == TIDAL))

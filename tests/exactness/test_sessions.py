@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters import VOCAB, Letters, hidden_transfer, medusa
+from drafters import VOCAB, Letters, hidden_transfer, longspec, medusa
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.lookup import Lookup
 from springtide.engine.engine import Engine
@@ -35,6 +35,7 @@ DRAFTERS: dict[str, Drafter] = {
     "lookup": Lookup(),
     "medusa": medusa(),
     "hidden transfer": hidden_transfer(1, 2, 2, depth=LAYERS),
+    "longspec": longspec(),
 }
 SAMPLINGS = (
     {},
@@ -324,6 +325,9 @@ def counted_heads(schedule: Schedule) -> Iterator[list[int]]:
         for module in ("kernels.kv", "rows.cache", "rows.pool", "engine.memory", "model.stack"):
             patch.setattr(f"springtide.{module}.PAGE", schedule.target.page)
         patch.setattr("stepping.PAGE", schedule.target.page)
+        # Where drafts show in the output, trees must not depend on how busy the machine is.
+        patch.setattr("springtide.engine.engine.cost_of_rows", lambda stack, policy: lambda rows: 1 + rows / 16)
+        patch.setattr("springtide.drafting.longspec.LongSpec._level_time", lambda drafter: 1 / 16)
         stack = engine(schedule.target, schedule.adaptive).stack
         logits = stack.logits
         patch.setattr(stack, "logits", count)

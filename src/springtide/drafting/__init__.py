@@ -9,13 +9,15 @@ from springtide.drafting.drafter import Drafter
 from springtide.drafting.folder import read_config
 from springtide.drafting.guesser import Guesser
 from springtide.drafting.hidden_transfer import HiddenTransfer
+from springtide.drafting.longspec import LongSpec
 from springtide.drafting.lookup import Lookup
 from springtide.drafting.medusa import Medusa
 from springtide.errors import SpringtideError
 from springtide.registry import Registry
 
 DRAFTERS: Registry[Drafter] = Registry(
-    "drafter", {"lookup": Lookup, "medusa": Medusa, "medusa2": Medusa, "hidden-transfer": HiddenTransfer}
+    "drafter",
+    {"lookup": Lookup, "medusa": Medusa, "medusa2": Medusa, "hidden-transfer": HiddenTransfer, "longspec": LongSpec},
 )
 ADAPTER = "adapter"  # folder in a drafter's: what it adds to the target's weights, in peft's format
 
@@ -55,7 +57,7 @@ def find_drafter(draft: str | Path, model: Path | None) -> Drafter:
     if folder is None:
         return DRAFTERS.parse(str(draft))
     kind = read_config(folder).get("drafter", Medusa.name)  # other projects' folders, which Medusa reads, do not say
-    for cls in (Medusa, HiddenTransfer):
+    for cls in (Medusa, HiddenTransfer, LongSpec):
         if kind == cls.name:
             return replace(cls.load(folder), **values)
     raise SpringtideError(f"'{folder}' holds a drafter '{kind}', which this version does not know; update springtide.")

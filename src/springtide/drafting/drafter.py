@@ -26,8 +26,11 @@ class Target(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+    def embed(self, ids: Tensor) -> Tensor: ...
+    def rotate(self, layer: int, q: Tensor, positions: Sequence[int]) -> Tensor: ...
     def norm(self, hidden: Tensor) -> Tensor: ...
     def head(self, normed: Tensor) -> Tensor: ...
+    def read(self, tokens: Sequence[int]) -> Cache: ...
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class View:
         depth: how deep the tree may be; what is deeper is cut off.
         draft: the drafter's own state of the request.
         cache, policy, state: the request's cache, its policy, and the policy's state.
+        gaps: how far the tokens' positions are beyond their places, where a prompt's first rows left some out.
     """
 
     tokens: Sequence[int]
@@ -47,6 +51,7 @@ class View:
     cache: Cache
     policy: Any
     state: Any
+    gaps: int = 0
 
 
 @dataclass(frozen=True)
