@@ -52,7 +52,10 @@ def reading(own, tokens=TOKENS, kind="plain", longest=LENGTH):
 
 
 def drafted(own, tokens, ahead):
-    """Of a drafter that is asked behind ``tokens [n]`` and follows ``ahead``: its guesses and their shares by step."""
+    """Of a drafter that is asked behind ``tokens [n]`` and follows ``ahead``: its guesses and their shares by step.
+
+    At each step it follows a wrong token beside the right one, in the same tree.
+    """
     drafter = own.drafter.resolve(own.target)
     cache = own.target.read(tokens[:-1].tolist())
     tree = Growing(View(tokens.tolist(), 9, drafter.new_state(), cache, Policy(), None))
@@ -60,11 +63,11 @@ def drafted(own, tokens, ahead):
     with torch.inference_mode():
         for step, token in enumerate([*ahead.tolist(), 0][: own.steps]):
             guesses, shares = drafter.guess([tree], step)
-            found.append((guesses[0][0], shares[0][0]))
-            tree.parents.append(tree.frontier[0])
-            tree.tokens.append(token)
-            tree.odds.append(1.0)
-            tree.frontier = [len(tree.tokens) - 1]
+            found.append((guesses[0][-1], shares[0][-1]))
+            tree.parents += [tree.frontier[-1]] * 2
+            tree.tokens += [(token + 1) % 97, token]
+            tree.odds += [1.0, 1.0]
+            tree.frontier = [len(tree.tokens) - 2, len(tree.tokens) - 1]
     return found
 
 

@@ -45,13 +45,20 @@ CONTEXT, TIMED = 128, 8  # tokens in the cache when a level is timed, and how of
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a block: ``heads`` of both attentions, ``kv_heads`` of the self-attention's keys and of the target's."""
+    """Of a block: ``heads`` of both attentions, ``kv_heads`` of the self-attention's keys and of the target's.
+
+    Raises ValueError for sizes that no block has.
+    """
 
     hidden_size: int
     heads: int
     kv_heads: int
     head_dim: int
     intermediate_size: int
+
+    def __post_init__(self) -> None:
+        if min(asdict(self).values()) < 1 or self.heads % self.kv_heads or self.head_dim % 2:
+            raise ValueError(self)
 
 
 class Block(nn.Module):
@@ -71,26 +78,25 @@ class Block(nn.Module):
         self.gate, self.up = (nn.Linear(hidden, sizes.intermediate_size, bias=False) for _ in range(2))
         self.down = nn.Linear(sizes.intermediate_size, hidden, bias=False)
 
-    def keys(self, embedded: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[..., H_kv, n, D]`` of the self-attention, of embeddings ``[..., n, hidden]``."""
-        normed = self.self_norm(embedded)
-        k, v = (self._heads(_linear(normed, layer)).transpose(-3, -2) for layer in (self.k, self.v))
-        return turned(k, positions[..., None, :]), v
+    def project(self, embedded: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[..., n, H, D]``, keys and values ``[..., H_kv, n, D]`` of the self-attention.
 
-    def forward(
-        self,
-        embedded: Tensor,
-        positions: Tensor,
-        own: Callable[[Tensor], Tensor],
-        cross: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+        They are those of embeddings ``[..., n, hidden]`` at ``positions [..., n]``.
+        """
+        normed = self.self_norm(embedded)
+        q, k, v = (self._heads(_linear(normed, layer)) for layer in (self.q, self.k, self.v))
+        q, k = torch.split(
+            turned(torch.cat([q, k], -2), positions[..., None]), [self.sizes.heads, self.sizes.kv_heads], -2
+        )
+        return q, k.transpose(-3, -2), v.transpose(-3, -2)
+
+    def forward(self, embedded: Tensor, attended: Tensor, cross: Callable[[Tensor], Tensor]) -> Tensor:
         """What the LM head reads, ``[..., n, hidden]``, at rows of embeddings ``[..., n, hidden]``.
 
-        ``own`` and ``cross`` attend, from queries ``[..., n, H, D]`` to as many outputs: over the self-attention's
-        keys, queries being turned by their ``positions [..., n]``, and over the target's, queries not being turned.
+        ``attended [..., n, H, D]`` is what the self-attention gave. ``cross`` attends to the target's keys, from
+        queries ``[..., n, H, D]`` that are not turned yet to as many outputs.
         """
-        q = turned(self._heads(_linear(self.self_norm(embedded), self.q)), positions[..., None])
-        hidden = embedded + _linear(own(q).flatten(-2), self.o)
+        hidden = embedded + _linear(attended.flatten(-2), self.o)
         q = self._heads(_linear(self.cross_norm(hidden), self.cross_q))
         hidden = hidden + _linear(cross(q).flatten(-2), self.cross_o)
         normed = self.mlp_norm(hidden)
@@ -355,11 +361,9 @@ class LongSpec(Guesser):
     @property
     def _fits(self) -> bool:
         """Whether numbers are ones that it can have, and there is an accuracy for each token ahead."""
-        sizes, accuracy = self.block.sizes, self.accuracy
+        accuracy = self.accuracy
         return (
-            min(asdict(sizes).values()) >= 1
-            and (sizes.heads % sizes.kv_heads, sizes.head_dim % 2) == (0, 0)
-            and 1 <= self.steps <= min(self.window, MOST_STEPS)
+            1 <= self.steps <= min(self.window, MOST_STEPS)
             and self.trained >= 1
             and all(temperature > 0 and isfinite(temperature) for temperature in self.temperatures)
             and (
@@ -465,7 +469,7 @@ class LongSpec(Guesser):
         device = target.model.device
         ids, positions = torch.tensor([(e.token, e.position) for own in entries for e in own], device=device).unbind(1)
         embedded = target.embed(ids)
-        keys, values = self.block.keys(embedded, positions)
+        q, keys, values = self.block.project(embedded, positions)
         counts = [len(own) for own in entries]
         for tree, own, *parts in zip(
             trees, entries, torch.split(keys, counts, 1), torch.split(values, counts, 1), strict=True
@@ -475,19 +479,16 @@ class LongSpec(Guesser):
         places = [tree.root + step for tree in trees for _ in tree.frontier]
         if any(missing):
             asked = torch.cat([torch.arange(stop - row, stop) for stop, row in zip(_stops(counts), rows, strict=True)])
-            embedded, positions = embedded[asked.to(device)], positions[asked.to(device)]
-
-        def near(q: Tensor) -> Tensor:
-            parts = [
-                tree.ring.attend(part, tree.root + step, tree.root, torch.tensor(tree.seen(), device=device))
-                for tree, part in zip(trees, torch.split(q, rows), strict=True)
-            ]
-            return torch.cat(parts)
+            embedded, q = embedded[asked.to(device)], q[asked.to(device)]
+        attended = [
+            tree.ring.attend(part, tree.root + step, tree.root, torch.tensor(tree.seen(), device=device))
+            for tree, part in zip(trees, torch.split(q, rows), strict=True)
+        ]
 
         def cross(q: Tensor) -> Tensor:
             return self._read(target.rotate(context_layer(target), q, places), trees, rows)
 
-        logits = target.head(self.block(embedded, positions, near, cross))
+        logits = target.head(self.block(embedded, torch.cat(attended), cross))
         shares = (logits / self.temperatures[step]).softmax(-1).nan_to_num()
         odds, guesses = shares.topk(min(GUESSES, shares.shape[-1]))
         found = [torch.split(tensor, rows) for tensor in (guesses, odds)]

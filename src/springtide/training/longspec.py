@@ -31,7 +31,7 @@ CUTS = 4  # gaps of a sample, at most
 ROWS = 2048  # rows of a batch that are learnt from: the logits of all rows of long windows would take too much memory
 BATCH = 8  # windows that are measured at a time
 LONGEST = 131_072  # positions that samples are moved to, unless more are asked for
-LEARNING_RATE = 0.64  # divided by the hidden size: what a step changes in a product grows with the matrix's width
+LEARNING_RATE = 1.28  # divided by the hidden size: what a step changes in a product grows with the matrix's width
 TEMPERATURES = torch.logspace(-1.5, 1.5, 37, base=2)  # that are tried
 
 
@@ -205,16 +205,14 @@ class LongSpecObjective:
         before = rows[:, None] - slots  # [A, T]
         near = (before >= 0) & (before < self.window)
         cached = before >= steps.to(rows.device)[:, None, None, None]
-        keys, values = self.block.keys(real.embedded, real.positions)
-
-        def own(q: Tensor) -> Tensor:
-            return _attend(q.transpose(1, 2), keys, values, near)
+        q, keys, values = self.block.project(real.embedded, real.positions)
+        attended = _attend(q[:, rows].transpose(1, 2), keys, values, near)
 
         def cross(q: Tensor) -> Tensor:
             turned = self.target.turned(self.layer, q.transpose(1, 2), real.cos[:, rows], real.sin[:, rows])
             return _attend(turned, real.keys, real.values, cached)
 
-        return self._decode(self.block(real.embedded[:, rows], real.positions[:, rows], own, cross))
+        return self._decode(self.block(real.embedded[:, rows], attended, cross))
 
     @torch.no_grad()
     def teach(self, real: Reading, rows: Tensor) -> Tensor:
