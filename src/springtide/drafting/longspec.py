@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import accumulate
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -469,17 +470,14 @@ class LongSpec(Guesser):
         device = target.model.device
         ids, positions = torch.tensor([(e.token, e.position) for own in entries for e in own], device=device).unbind(1)
         embedded = target.embed(ids)
-        q, keys, values = self.block.project(embedded, positions)
-        counts = [len(own) for own in entries]
-        for tree, own, *parts in zip(
-            trees, entries, torch.split(keys, counts, 1), torch.split(values, counts, 1), strict=True
-        ):
+        q, *new = self.block.project(embedded, positions)
+        counts, rows = [len(own) for own in entries], [len(tree.frontier) for tree in trees]
+        for tree, own, *parts in zip(trees, entries, *(torch.split(x, counts, 1) for x in new), strict=True):
             tree.ring.write(own, *parts)
-        rows = [len(tree.frontier) for tree in trees]
         places = [tree.root + step for tree in trees for _ in tree.frontier]
-        if any(missing):
-            asked = torch.cat([torch.arange(stop - row, stop) for stop, row in zip(_stops(counts), rows, strict=True)])
-            embedded, q = embedded[asked.to(device)], q[asked.to(device)]
+        ends = zip(accumulate(counts), rows, strict=True)
+        asked = [row for stop, count in ends for row in range(stop - count, stop)]  # those of the frontiers
+        embedded, q = embedded[asked], q[asked]
         attended = [
             tree.ring.attend(part, tree.root + step, tree.root, torch.tensor(tree.seen(), device=device))
             for tree, part in zip(trees, torch.split(q, rows), strict=True)
@@ -542,11 +540,3 @@ def _all(tree: Growing, layer: int, rows: int, device: torch.device) -> Reads:
     """All that the rows of a tree see of a layer of the target's cache."""
     cache = tree.view.cache
     return Reads((cache.tables[cache.pool.windows[layer]],), (Visible.all(rows, tree.length, device),))
-
-
-def _stops(counts: Sequence[int]) -> list[int]:
-    stops, total = [], 0
-    for count in counts:
-        total += count
-        stops.append(total)
-    return stops
