@@ -9,6 +9,7 @@ import torch
 from springtide.attention import parse_policy
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.hidden_transfer import HiddenTransfer
+from springtide.drafting.longspec import Block, LongSpec, Sizes
 from springtide.drafting.medusa import Heads, Medusa
 from springtide.drafting.shape import grow
 from springtide.engine.self_draft import SelfDraft
@@ -39,6 +40,17 @@ def self_draft(
 ) -> SelfDraft:
     """The model under a sparse policy that leaves much out."""
     return SelfDraft(parse_policy(policy), draft=draft, **{"tokens": 4, **options})
+
+
+def longspec(**options: Any) -> LongSpec:
+    """A block with a window of 12 tokens, for three tokens ahead."""
+    sizes = Sizes(HIDDEN, BASE["num_attention_heads"], BASE["num_key_value_heads"], BASE["head_dim"], 48)
+    block = Block(sizes)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in block.parameters():
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator) + (weight.ndim == 1))
+    return LongSpec(block, **{"vocab_size": VOCAB, "window": 12, "trained": 4096, "temperatures": (1.0,) * 3} | options)
 
 
 class Letters:

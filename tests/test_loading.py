@@ -469,11 +469,11 @@ def test_a_drafter_that_is_broken_or_does_not_fit(folder, adapted, tmp_path, cas
 
 @pytest.mark.parametrize("name", ["nosuch", "", "some/drafter"])
 def test_no_such_drafter(folder, name):
-    with pytest.raises(SpringtideError, match=f"no drafter '{name}': choose lookup, .*, hidden-transfer, or give"):
+    with pytest.raises(SpringtideError, match=f"no drafter '{name}': choose lookup, .*, longspec, or give"):
         springtide.load(folder, draft=name)
 
 
-@pytest.mark.parametrize("name", ["medusa", "medusa2", "hidden-transfer"])
+@pytest.mark.parametrize("name", ["medusa", "medusa2", "hidden-transfer", "longspec"])
 def test_a_model_without_drafters(folder, name):
     for target in (folder, AutoModelForCausalLM.from_pretrained(folder), tiny("qwen3")):
         with pytest.raises(SpringtideError, match=f"no drafter '{name}' beside this model .*springtide train"):

@@ -47,9 +47,10 @@ def load(
         device: where to run (default: the first GPU if there is one, else CPU; a loaded model stays where it is).
         dtype: of weights and cache, e.g. ``"float32"`` (default: the checkpoint's).
         calibrated: use the model's ``springtide.json`` if there is one, see :func:`calibration_folder`.
-        draft: what proposes tokens to try: ``"lookup"``, ``"medusa"``, ``"medusa2"`` or ``"hidden-transfer"``, a
-            drafter's folder, or a drafter. Its draft tree is chosen by what rows cost on this machine. A Medusa-2
-            drafter changes the model, and that is said: its folder has an adapter, which is merged into the weights.
+        draft: what proposes tokens to try: ``"lookup"``, ``"medusa"``, ``"medusa2"``, ``"hidden-transfer"`` or
+            ``"longspec"``, a drafter's folder, or a drafter. Its draft tree is chosen by what rows cost on this
+            machine. A Medusa-2 drafter changes the model, and that is said: its folder has an adapter, which is merged
+            into the weights.
         revision: of a model of the hub: a branch, a tag or a commit (default: its main branch).
 
     Raises:

@@ -44,7 +44,7 @@ def test_a_folders_path_may_have_any_characters(model, tmp_path, monkeypatch):
     [
         (
             "nosuch",
-            "There is no drafter 'nosuch': choose lookup, medusa, medusa2, hidden-transfer, self, or give a",
+            "There is no drafter 'nosuch': choose lookup, medusa, medusa2, hidden-transfer, longspec, self, or give a",
         ),
         ("", "There is no drafter ''"),
         ("nosuch:ngram=3", "There is no drafter 'nosuch:ngram=3': choose lookup"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drafters import VOCAB, Letters, hidden_transfer, medusa
+from drafters import VOCAB, Letters, hidden_transfer, longspec, medusa
 from guesses import Guesses
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.lookup import Lookup
@@ -119,6 +119,7 @@ DRAFTERS = {
     "lookup": Lookup(),
     "medusa": medusa(),
     "hidden transfer": hidden_transfer(2, 2, 3),
+    "longspec": longspec(),
 }
 
 

@@ -83,10 +83,10 @@ def test_what_is_read_was_chosen_by_the_row_that_was_verified_last(policy, monke
         row = under.start(request.tokens[:length], Sampling(1), policy=policy, draft=Drafter(), prefill=length - 1)
         read.clear()
         list(under.run([row]))
-        # Tidal reads one choice everywhere, also in the layer that made it. Others choose in each layer, where queries
-        # above the first sparse one are of rows that read everything below.
-        layers = len(drafted) // 3
-        assert layers == (len(read) + 1 if policy == TIDAL else len(read))
+        # Tidal reads one choice everywhere. Others choose in each layer, where queries above the first sparse one are of
+        # rows that read everything below.
+        layers = len(read)
+        assert len(drafted) == 3 * layers
         for step in range(3):
             since = torch.arange(length, length + step + 1).expand(1, read[0].shape[1], -1)
             for index in drafted[step * layers :][: layers if policy == TIDAL else 1]:

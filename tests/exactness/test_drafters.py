@@ -8,7 +8,7 @@ from functools import cache, partial
 import pytest
 import torch
 
-from drafters import VOCAB, Letters, hidden_transfer, medusa, self_draft
+from drafters import VOCAB, Letters, hidden_transfer, longspec, medusa, self_draft
 from springtide.drafting.lookup import Lookup
 from springtide.engine.engine import Engine
 from springtide.engine.loop import Loop
@@ -37,6 +37,8 @@ DRAFTERS = {
     "hidden transfer between selecting": hidden_transfer(1, 2, 3),
     "self under streaming over lookup": self_draft("streaming:budget=9,sinks=2", Lookup()),
     "self over medusa": self_draft(draft=medusa()),
+    "longspec": longspec(),
+    "longspec that reads little": longspec(cross=6),
 }
 CASES = {
     f"{name}, {policy.split(':')[0]}": (drafter, policy + ",reselect=3" * ("between" in name and policy == TIDAL))

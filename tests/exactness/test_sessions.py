@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters import VOCAB, Letters, hidden_transfer, medusa, self_draft
+from drafters import VOCAB, Letters, hidden_transfer, longspec, medusa, self_draft
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.lookup import Lookup
 from springtide.engine.engine import Engine
@@ -37,6 +37,7 @@ DRAFTERS: dict[str, Drafter] = {
     "hidden transfer": hidden_transfer(1, 2, 2, depth=LAYERS),
     "self": self_draft("streaming:budget=5,sinks=2"),
     "self over medusa": self_draft("oracle:budget=5,skip=1", medusa()),
+    "longspec": longspec(),
 }
 SAMPLINGS = (
     {},
@@ -326,6 +327,9 @@ def counted_heads(schedule: Schedule) -> Iterator[list[int]]:
         for module in ("kernels.kv", "rows.cache", "rows.pool", "engine.memory", "model.stack"):
             patch.setattr(f"springtide.{module}.PAGE", schedule.target.page)
         patch.setattr("stepping.PAGE", schedule.target.page)
+        # Where drafts show in the output, trees must not depend on how busy the machine is.
+        patch.setattr("springtide.engine.engine.cost_of_rows", lambda stack, policy: lambda rows: 1 + rows / 16)
+        patch.setattr("springtide.drafting.longspec.LongSpec._level_time", lambda drafter: 1 / 16)
         stack = engine(schedule.target, schedule.adaptive).stack
         logits = stack.logits
         patch.setattr(stack, "logits", count)

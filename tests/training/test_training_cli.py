@@ -56,6 +56,8 @@ def train(run, folder, books, tmp_path):
         ("medusa", ["--shared", "--heads", 2], "medusa", 2, 2 * (32 * 32 + 32)),
         ("medusa2", ["--distilled"], "medusa2", 3, None),
         ("hidden-transfer", ["--layers", "1+3"], "hidden-transfer", 2, 2 * (32 * 32 + 32)),
+        ("longspec", ["--steps-ahead", 3], "longspec", 3, 5 * 32 * 32 + 3 * 32 * 48 + 4 * 32),
+        ("longspec", ["--positions", "gaps", "--max-length", 128], "longspec", 4, None),
     ],
 )
 def test_train(train, run, folder, tmp_path, verb, options, drafter, steps, parameters):
@@ -75,6 +77,20 @@ def test_train(train, run, folder, tmp_path, verb, options, drafter, steps, para
 def test_transfers_are_spread_over_the_upper_half(train, folder, tmp_path):
     train("hidden-transfer", "--steps-ahead", 2)
     assert find_drafter(tmp_path / "out", folder).layers == (2, 3)
+
+
+def test_training_goes_on_from_a_drafter(train, folder, tmp_path):
+    first = train("longspec", "--positions", "plain")
+    (tmp_path / "out").rename(tmp_path / "first")
+    assert find_drafter(tmp_path / "first", folder).trained == 32
+    second = train("longspec", "--start-from", tmp_path / "first")
+    assert find_drafter(tmp_path / "out", folder).trained == 1024
+    assert second["parameters"] == first["parameters"]
+    train("longspec", "--start-from", tmp_path / "first", "--steps-ahead", 2).refused(
+        "--steps-ahead is 2, but the drafter of --start-from guesses 4; leave one out"
+    )
+    train("longspec").refused("belongs to another --start-from")
+    train("longspec", "--start-from", folder).refused("holds no longspec drafter")
 
 
 def test_data_that_the_model_writes_itself(train, run, folder, books, tmp_path, monkeypatch):
@@ -148,6 +164,10 @@ def test_a_checkpoint_of_other_options(train):
         ),
         ("hidden-transfer", ["--data", "b.txt", "--layers", "3+2"], "must ascend, from 0 to 3 at most"),
         ("hidden-transfer", ["--data", "b.txt", "--layers", "2+4"], "must ascend, from 0 to 3 at most"),
+        ("longspec", ["--data", "b.txt", "--max-length", "31"], "--max-length is 31, but windows have 32 tokens"),
+        ("longspec", ["--data", "b.txt", "--max-length", "2000"], "--max-length is 2000, but the model's context is"),
+        ("longspec", ["--data", "b.txt", "--positions", "plain", "--max-length", "64"], "leave out --max-length"),
+        ("longspec", ["--data", "b.txt", "--start-from", "nosuch"], "'nosuch' holds no config.json"),
     ],
 )
 def test_mistakes(run, folder, tmp_path, monkeypatch, verb, options, message):

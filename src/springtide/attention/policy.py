@@ -131,13 +131,6 @@ class Policy:
         """
         return None
 
-    def holds(self, layer: Layer, q: Tensor, segment: Segment) -> Slots | None:
-        """What a layer reads while the choice of one row ``q [1, H, D]`` is kept for tokens to come; None as above.
-
-        A layer that reads everything to choose for others need not do so any more.
-        """
-        return self.reads(layer, q, segment)
-
     def exact(self, segment: Segment) -> bool:
         """Whether the segment's rows attend to everything that they may see, in every layer."""
         return True

@@ -241,8 +241,7 @@ class Tidal(Sparse):
         return self.correct or 0
 
     def remembered(self, tokens: int, spec: ModelSpec) -> int:
-        layers = len(self._sparse(spec)) + len(self.selecting)  # those read their own choice while it is held
-        return layers * min(amount(self.means, self.budget_at(tokens)), tokens // STEP)
+        return len(self._sparse(spec)) * min(amount(self.means, self.budget_at(tokens)), tokens // STEP)
 
     @property
     def stepwise(self) -> bool:
@@ -264,13 +263,6 @@ class Tidal(Sparse):
         assert state.selected is not None
         index = state.selected if self.map is None else state.selected[:, self.sets[layer.index]]
         return self.sparse(layer, segment, index)
-
-    def holds(self, layer: Layer, q: Tensor, segment: Segment) -> Slots | None:
-        """Layers that select read their own choice."""
-        slots = self.reads(layer, q, segment)
-        if slots is None and layer.index in self.selecting and not self.exact(segment):
-            slots = self.sparse(layer, segment, segment.state.selected)
-        return slots
 
     def sparse(self, layer: Layer, segment: Segment, index: Tensor) -> Slots:
         """What a layer reads for which another one chose the slots ``index [R, H_kv, B]``."""

@@ -57,6 +57,7 @@ GROUPS: dict[str, tuple[str, Verbs]] = {
             "medusa": heads.medusa,
             "medusa2": heads.medusa2,
             "hidden-transfer": heads.hidden_transfer,
+            "longspec": heads.longspec,
             "dependency-vit": vision.dependency_vit,
             "captioner": vision.captioner,
         },

@@ -50,7 +50,7 @@ Images = Annotated[str, typer.Option("--data", help="scenes, digits, or a folder
 Draft = Annotated[
     str | None,
     typer.Option(
-        help="Drafter: lookup, medusa, medusa2, hidden-transfer (which pocket has); NAME:OPTION=VALUE,...; "
+        help="Drafter: lookup, medusa, medusa2, hidden-transfer (which pocket has), longspec; NAME:OPTION=VALUE,...; "
         "or a drafter's folder."
     ),
 ]

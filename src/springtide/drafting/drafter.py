@@ -27,8 +27,11 @@ class Target(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+    def embed(self, ids: Tensor) -> Tensor: ...
+    def rotate(self, layer: int, q: Tensor, positions: Sequence[int]) -> Tensor: ...
     def norm(self, hidden: Tensor) -> Tensor: ...
     def head(self, normed: Tensor) -> Tensor: ...
+    def read(self, tokens: Sequence[int]) -> Cache: ...
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class View:
         draft: the drafter's own state of the request.
         cache, policy, state: the request's cache, its policy, and the policy's state.
         request: the request itself (:class:`springtide.engine.request.Request`), for drafters that run others like it.
+        gaps: how far the tokens' positions are beyond their places, where a prompt's first rows left some out.
     """
 
     tokens: Sequence[int]
@@ -50,6 +54,7 @@ class View:
     policy: Any
     state: Any
     request: Any
+    gaps: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What drafters with weights share: ranked guesses of each step, arranged in a tree by how often they are right."""
+"""What drafters with weights share: ranked guesses of each step, and how often they are right."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ class Guesser(Drafter):
 
     Attributes:
         accuracy: how often each guess is right, see :mod:`springtide.drafting.shape`; None if it was not measured.
-        shape: of the trees that are proposed; by default 16 nodes, those that the accuracy favours.
         target: the model, once it is resolved.
         gain: how many times as fast as plain decoding it is predicted to be, once it is tuned.
     """
 
     accuracy: Accuracy | None = None
-    shape: Shape | None = None
     target: Target | None = None
     gain: float | None = None
 
@@ -32,6 +30,27 @@ class Guesser(Drafter):
     def steps(self) -> int:
         """How many tokens ahead it guesses."""
         raise NotImplementedError
+
+    def tuned(self, cost: Callable[[int], float]) -> Self:
+        """The drafter with trees that pay most: ``cost(n)`` is the time of a pass of n rows, in milliseconds."""
+        raise NotImplementedError
+
+    @property
+    def _accuracy(self) -> Accuracy:
+        return self.accuracy or typical(self.steps)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Shaped(Guesser):
+    """A guesser whose trees have all one shape, by how often guesses are right on average.
+
+    Attributes:
+        shape: of the trees that are proposed; by default 16 nodes, those that the accuracy favours.
+
+    For the others see :class:`Guesser`.
+    """
+
+    shape: Shape | None = None
 
     @property
     def most_rows(self) -> int:
@@ -42,7 +61,7 @@ class Guesser(Drafter):
         return nodes
 
     def tuned(self, cost: Callable[[int], float]) -> Self:
-        """The drafter with the tree that commits the most for its cost: ``cost(n)`` is the time of a pass of n rows."""
+        """See :meth:`Guesser.tuned`: the tree that commits the most for its cost."""
         shape = best(self._accuracy, lambda nodes: cost(self.rows(nodes)))
         rows = self.rows(len(shape.parents)) if shape.depth else 1
         return replace(self, shape=shape, gain=expected(self._accuracy, shape) * cost(1) / cost(rows))
@@ -51,7 +70,3 @@ class Guesser(Drafter):
     def favoured(self) -> Shape:
         """Its shape, or the default one."""
         return self.shape or grow(self._accuracy, NODES)
-
-    @property
-    def _accuracy(self) -> Accuracy:
-        return self.accuracy or typical(self.steps)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from springtide.drafting.drafter import Growth, Target, View
 from springtide.drafting.folder import check_base, read_folder, write_folder
-from springtide.drafting.guesser import Guesser
+from springtide.drafting.guesser import Shaped
 from springtide.drafting.tree import TokenTree
 from springtide.errors import SpringtideError
 from springtide.rows.segment import Segment
@@ -34,7 +34,7 @@ class Pseudo:
 
 
 @dataclass(frozen=True, eq=False)
-class HiddenTransfer(Guesser):
+class HiddenTransfer(Shaped):
     """Hidden Transfer: the ``k``-th map guesses the token ``k + 1`` places ahead of a row, in the target's own pass.
 
     Attributes:
@@ -42,7 +42,7 @@ class HiddenTransfer(Guesser):
         layers: for each map the layer whose input it reads and adds to, ascending.
         num_layers, vocab_size, base: the target's number of layers, vocabulary and fingerprint (None: not known).
 
-    For the others see :class:`springtide.drafting.guesser.Guesser`.
+    For the others see :class:`springtide.drafting.guesser.Shaped`.
     """
 
     name: ClassVar[str] = "hidden-transfer"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from springtide.drafting import formats
 from springtide.drafting.drafter import Target, View
 from springtide.drafting.folder import check_base
-from springtide.drafting.guesser import Guesser
+from springtide.drafting.guesser import Shaped
 from springtide.drafting.tree import TokenTree
 from springtide.errors import SpringtideError
 from springtide.kernels import native
@@ -79,7 +79,7 @@ class Last:
 
 
 @dataclass(frozen=True, eq=False)
-class Medusa(Guesser):
+class Medusa(Shaped):
     """Medusa heads: the ``k``-th guesses the token ``k + 1`` places ahead of a row; the target knows the next one.
 
     Attributes:
@@ -87,7 +87,7 @@ class Medusa(Guesser):
         vocab_size, base: the target's vocabulary and fingerprint (None: not known).
         base_model: the target's name, which the original layout wants.
 
-    For the others see :class:`springtide.drafting.guesser.Guesser`.
+    For the others see :class:`springtide.drafting.guesser.Shaped`.
     """
 
     name: ClassVar[str] = "medusa"

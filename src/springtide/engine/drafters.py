@@ -9,6 +9,7 @@ from springtide.drafting.drafter import Drafter
 from springtide.drafting.folder import read_config
 from springtide.drafting.guesser import Guesser
 from springtide.drafting.hidden_transfer import HiddenTransfer
+from springtide.drafting.longspec import LongSpec
 from springtide.drafting.lookup import Lookup
 from springtide.drafting.medusa import Medusa
 from springtide.engine.self_draft import SelfDraft
@@ -17,7 +18,14 @@ from springtide.registry import Registry
 
 DRAFTERS: Registry[Drafter] = Registry(
     "drafter",
-    {"lookup": Lookup, "medusa": Medusa, "medusa2": Medusa, "hidden-transfer": HiddenTransfer, "self": SelfDraft},
+    {
+        "lookup": Lookup,
+        "medusa": Medusa,
+        "medusa2": Medusa,
+        "hidden-transfer": HiddenTransfer,
+        "longspec": LongSpec,
+        "self": SelfDraft,
+    },
 )
 ADAPTER = "adapter"  # folder in a drafter's: what it adds to the target's weights, in peft's format
 
@@ -60,7 +68,7 @@ def find_drafter(draft: str | Path, model: Path | None) -> Drafter:
             return replace(drafter, draft=find_drafter(drafter.draft, model))
         return drafter
     kind = read_config(folder).get("drafter", Medusa.name)  # other projects' folders, which Medusa reads, do not say
-    for cls in (Medusa, HiddenTransfer):
+    for cls in (Medusa, HiddenTransfer, LongSpec):
         if kind == cls.name:
             return replace(cls.load(folder), **values)
     raise SpringtideError(f"'{folder}' holds a drafter '{kind}', which this version does not know; update springtide.")

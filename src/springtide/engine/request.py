@@ -129,7 +129,12 @@ class Request:
     @property
     def span(self) -> int:
         """Positions that the tokens take."""
-        return len(self.tokens) + (0 if self.embeds is None else self.embeds.gaps)
+        return len(self.tokens) + self.gaps
+
+    @property
+    def gaps(self) -> int:
+        """Positions that no row has."""
+        return 0 if self.embeds is None else self.embeds.gaps
 
     @property
     def shareable(self) -> int:
@@ -143,7 +148,7 @@ class Request:
 
     def view(self, depth: int) -> View:
         """What the drafter sees when it is asked for a tree of that depth."""
-        return View(self.tokens, depth, self.draft, self.cache, self.policy, self.state, self)
+        return View(self.tokens, depth, self.draft, self.cache, self.policy, self.state, self, self.gaps)
 
     def segment(self, kind: Kind, start: int, tokens: list[int], parents: list[int], **options: Any) -> Segment:
         """Rows of this request that follow its first ``start`` tokens."""
@@ -164,10 +169,9 @@ class Request:
 
     def until_reread(self, rope: Rope) -> int | None:
         """How many tokens may be committed before :meth:`reread` is due; None for no limit."""
-        gaps = self.span - len(self.tokens)
-        if not rope.reread or self.prefill_end + gaps > rope.trained:
+        if not rope.reread or self.prefill_end + self.gaps > rope.trained:
             return None
-        return rope.trained - gaps - self.cache.length
+        return rope.trained - self.gaps - self.cache.length
 
     def reread(self) -> None:
         """Forget the cache: the tokens that were in it, and the next one, are a prompt that is still to be computed."""

@@ -155,7 +155,7 @@ class SelfDraft(Drafter):
         """What the last row that was verified would read under the sparse policy."""
         last = branch.cache.length - 1
         segment = branch.segment("decode", last, branch.tokens[last : last + 1], [-1], device=self._loop.stack.device)
-        slots = {index: self.policy.holds(layer, q, segment) for index, (layer, q) in sorted(state.queries.items())}
+        slots = {index: self.policy.reads(layer, q, segment) for index, (layer, q) in sorted(state.queries.items())}
         self.policy.commit(segment, [0])
         branch.decode_bytes += segment.bytes_read
         return Held({index: own for index, own in slots.items() if own is not None}, branch.cache.length)

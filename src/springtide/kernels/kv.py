@@ -30,6 +30,12 @@ class Pages:
 
     slabs: tuple[Tensor, ...]
 
+    @classmethod
+    def empty(cls, slots: int, like: Tensor) -> Pages:
+        """As many as hold so many slots in the format of ``like [H_kv, n, D]``, in one slab, all zeros."""
+        heads, _, head_dim = like.shape
+        return cls((like.new_zeros(-(-slots // PAGE), 2, heads, PAGE, head_dim),))
+
     @property
     def kv_heads(self) -> int:
         return self.slabs[0].shape[2]
@@ -159,9 +165,9 @@ class KV:
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, seen: Visible | None = None) -> KV:
         """A copy of dense keys and values ``[H_kv, L, D]`` on pages of their own; by default one row sees them all."""
-        heads, length, head_dim = keys.shape
-        table = tuple(range(-(-length // PAGE)))
-        pages = Pages((keys.new_zeros(len(table), 2, heads, PAGE, head_dim),))
+        length = keys.shape[1]
+        pages = Pages.empty(length, keys)
+        table = tuple(range(len(pages.slabs[0])))
         pages.write(table, 0, keys, values)
         return cls(pages, Reads((table,), (seen or Visible.all(1, length, keys.device),)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ Scaling = Callable[[Tensor, PreTrainedConfig], Tensor]
 def as_it_is(tensor: Tensor, config: PreTrainedConfig) -> Tensor:
     """What most architectures do at both ends of the stack."""
     return tensor
+
+
+def every(attention: Any) -> bool:
+    """What most architectures' layers do."""
+    return True
 
 
 def capped(logits: Tensor, config: PreTrainedConfig) -> Tensor:
@@ -37,6 +43,7 @@ class Architecture:
         reread: a sequence that outgrows the trained length is read anew, see :class:`springtide.rows.spec.Rope`.
         embeds: scales the embedding's vectors for the first layer.
         logits: scales the LM head's product.
+        rotates: whether a layer, whose attention module it takes, turns queries and keys by their positions.
     """
 
     name: str
@@ -45,6 +52,7 @@ class Architecture:
     reread: bool = False
     embeds: Scaling = as_it_is
     logits: Scaling = as_it_is
+    rotates: Callable[[Any], bool] = every
 
     @staticmethod
     def of(model_type: str) -> Architecture:
@@ -70,9 +78,13 @@ ARCHITECTURES = {
         embeds=lambda vectors, config: vectors * config.embedding_multiplier,
         logits=lambda logits, config: logits / config.logits_scaling,
     ),
-    "smollm3": Architecture("SmolLM3", fused=True),
+    "smollm3": Architecture("SmolLM3", fused=True, rotates=lambda attention: bool(attention.use_rope)),
     "olmo2": Architecture("OLMo 2"),
     "glm4": Architecture("GLM-4"),
-    "cohere2": Architecture("Cohere 2", logits=lambda logits, config: logits * config.logit_scale),
+    "cohere2": Architecture(
+        "Cohere 2",
+        logits=lambda logits, config: logits * config.logit_scale,
+        rotates=lambda attention: attention.sliding_window is not None,
+    ),
     "starcoder2": Architecture("Starcoder 2"),
 }

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from importlib import import_module
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -142,6 +143,11 @@ class Stack:
             hidden, step.attend(Layer(index, layer.self_attn.scaling, None, self.spec.windows[index]), q, k, v)
         )
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input of layer 0, ``[..., hidden]``, for token ids, int64."""
+        vectors: Tensor = self.model.model.embed_tokens(ids)
+        return self.architecture.embeds(vectors, self.model.config)
+
     def norm(self, hidden: Tensor) -> Tensor:
         """What the LM head reads, ``[R, hidden]``, from the output of the last layer."""
         normed: Tensor = self.model.model.norm(hidden)
@@ -177,17 +183,21 @@ class Stack:
 
     def rotary(self, hidden: Tensor, segments: Sequence[Segment]) -> list[tuple[Tensor, Tensor]]:
         """Cosines and sines of the rows' positions, for each layer."""
-        known = {kind: self._rotary(hidden, segments, *kind) for kind in set(self.rotary_kinds)}
+        places = [place for s in segments for place in s.positions]
+        reaches = [reach for s in segments for reach in s.reaches] if self.spec.rope.trained else places
+        known = {kind: self._rotary(hidden, places, reaches, *kind) for kind in set(self.rotary_kinds)}
         return [known[kind] for kind in self.rotary_kinds]
 
-    def _rotary(self, hidden: Tensor, segments: Sequence[Segment], *kind: str) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[1, R, D]``, each row's with the frequencies for the length of its own sequence."""
+    def _rotary(
+        self, hidden: Tensor, places: Sequence[int], reaches: Sequence[int], *kind: str
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[1, R, D]`` of rows at ``places``, with the frequencies for sequences that long."""
         rotary, rope = self.model.model.rotary_emb, self.spec.rope
-        positions = torch.tensor([[place for s in segments for place in s.positions]], device=self.device)
+        positions = torch.tensor([places], device=self.device)
         if not rope.trained:
             cos, sin = rotary(hidden, positions, *kind)
             return cos, sin
-        lengths = [rope.shortest(reach) for s in segments for reach in s.reaches]
+        lengths = [rope.shortest(reach) for reach in reaches]
         order, parts = list[int](), list[Tensor]()
         for length in set(lengths):
             rows = [row for row, own in enumerate(lengths) if own == length]
@@ -197,6 +207,20 @@ class Stack:
             order += rows
         cos, sin = torch.cat(parts, 1)[:, torch.tensor(order).argsort(), None].transpose(1, 2)
         return cos, sin
+
+    def rotate(self, layer: int, q: Tensor, positions: Sequence[int]) -> Tensor:
+        """Queries ``[R, H, D]`` as a layer turns them at ``positions``, each the last of its sequence."""
+        with self.passing():
+            cos, sin = self._rotary(q, positions, [place + 1 for place in positions], *self.rotary_kinds[layer])
+        return self.turned(layer, q.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1)
+
+    def turned(self, layer: int, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries ``[B, H, R, D]`` as a layer turns them by ``cos, sin [B, R, n]``: not at all, where it has none."""
+        attention = self.model.model.layers[layer].self_attn
+        if not self.architecture.rotates(attention):
+            return q
+        turned: Tensor = import_module(type(attention).__module__).apply_rotary_pos_emb(q, q, cos, sin)[0]
+        return turned
 
     @contextmanager
     def passing(self) -> Iterator[None]:
@@ -235,8 +259,7 @@ class Pass:
     def embed(self) -> Tensor:
         """Input of layer 0, ``[R, hidden]``."""
         ids = torch.tensor([token for s in self.segments for token in s.tokens], device=self.stack.device)
-        hidden: Tensor = self.stack.model.model.embed_tokens(ids.clamp(min=0))  # NO_TOKEN has no vector of its own
-        hidden = self.stack.architecture.embeds(hidden, self.stack.model.config)
+        hidden = self.stack.embed(ids.clamp(min=0))  # NO_TOKEN has no vector of its own
         if all(segment.embeds is None for segment in self.segments):
             return hidden
         return torch.cat([_given(s, own) for s, own in zip(self.segments, self.split(hidden), strict=True)])

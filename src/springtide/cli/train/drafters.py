@@ -1,4 +1,4 @@
-"""``springtide train medusa``, ``medusa2`` and ``hidden-transfer``."""
+"""``springtide train medusa``, ``medusa2``, ``hidden-transfer`` and ``longspec``."""
 
 from __future__ import annotations
 
@@ -120,6 +120,50 @@ def hidden_transfer(
         lambda target, _: HiddenTransferObjective(target, _transfers(layers, steps, target.spec.num_layers)),
         layers=layers,
         steps_ahead=steps,
+    )
+
+
+def longspec(
+    training: Training,
+    positions: Annotated[
+        Literal["plain", "anchor", "gaps"],
+        typer.Option(help="Where windows lie: from 0 on, all but 4 tokens further on, or with several gaps in them."),
+    ] = "anchor",
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Positions that windows are moved to (default: the model's, 131072 at most)."),
+    ] = None,
+    steps_ahead: Annotated[
+        int | None, typer.Option(min=1, max=8, help="Tokens to guess ahead (default: 4, or those of --start-from).")
+    ] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Folder of a longspec drafter of this model to go on training.")
+    ] = None,
+) -> None:
+    """Train a small block that reads the frozen model's cache; goes on where an earlier command stopped."""
+    from springtide.drafting.longspec import LongSpec
+    from springtide.training.longspec import STEPS, LongSpecObjective
+
+    start = None if start_from is None else LongSpec.load(start_from)
+    steps = steps_ahead or (STEPS if start is None else start.steps)
+    if start is not None and steps != start.steps:
+        raise SpringtideError(
+            f"--steps-ahead is {steps}, but the drafter of --start-from guesses {start.steps}; leave one out."
+        )
+    if positions == "plain" and max_length is not None:
+        raise SpringtideError("--positions plain leaves windows where they are; leave out --max-length.")
+    if max_length is not None and max_length < training.length:
+        raise SpringtideError(
+            f"--max-length is {max_length}, but windows have {training.length} tokens; raise one or lower the other."
+        )
+    reach = training.length if positions == "plain" else max_length
+    _train(
+        training,
+        lambda target, _: LongSpecObjective(target, positions, reach, steps, start=start),
+        positions=positions,
+        max_length=max_length,
+        steps_ahead=steps,
+        start_from=start_from and str(start_from),
     )
 
 
