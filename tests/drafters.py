@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 
 from springtide.drafting.hidden_transfer import HiddenTransfer
+from springtide.drafting.lookup import Lookup
 from springtide.drafting.medusa import Heads, Medusa
+from springtide.drafting.several import Several
 from springtide.drafting.shape import grow
+from springtide.engine.governor import Governor
 from tiny import BASE
 
 VOCAB, HIDDEN = 7, BASE["hidden_size"]
@@ -27,6 +30,24 @@ def hidden_transfer(*layers: int, depth: int = 4) -> HiddenTransfer:
     """Maps at these three layers of a model of ``depth``."""
     weight = torch.eye(HIDDEN) + 0.1 * noise(3, HIDDEN, HIDDEN)
     return HiddenTransfer(weight, 0.1 * noise(3, HIDDEN), layers, num_layers=depth, vocab_size=VOCAB, shape=SHAPE)
+
+
+def several(*layers: int, depth: int = 4) -> Several:
+    """One that adds rows in mid-pass, after these layers, one that reads hidden states, and one that reads tokens."""
+    return Several((hidden_transfer(*layers, depth=depth), medusa(), Lookup()))
+
+
+class Turns(Governor):
+    """Takes another arm at every pass: the first way first, plain decoding last."""
+
+    asked = 0
+
+    def choose(self, sequences: int, context: int) -> int:
+        self.asked += 1
+        return self.asked % self._arms
+
+    def record(self, tokens: int, seconds: float) -> None:
+        """Time decides nothing."""
 
 
 class Letters:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters import VOCAB, Letters, hidden_transfer, medusa
+from drafters import VOCAB, Letters, hidden_transfer, medusa, several
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.lookup import Lookup
 from springtide.engine.engine import Engine
@@ -35,6 +35,7 @@ DRAFTERS: dict[str, Drafter] = {
     "lookup": Lookup(),
     "medusa": medusa(),
     "hidden transfer": hidden_transfer(1, 2, 2, depth=LAYERS),
+    "several": several(1, 2, 2, depth=LAYERS),
 }
 SAMPLINGS = (
     {},
@@ -143,7 +144,7 @@ joins = st.builds(
     ignore_eos=st.booleans(),
     reuse=st.one_of(st.none(), st.none(), st.integers(0, 9)),
     admitted=st.sampled_from([False, False, True]),
-)
+).filter(lambda join: (join.policy, join.drafter) != (QUEST, "several"))  # it is refused
 turns = st.builds(
     Turn,
     join=st.one_of(joins, joins, st.none()),
@@ -315,8 +316,8 @@ def counted_heads(schedule: Schedule) -> Iterator[list[int]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("springtide.engine.loop.CHUNK", schedule.chunk)
-        for name in ("START", "RUN"):
-            patch.setattr(f"springtide.engine.governor.{name}", 1)
+        for name, value in {"RUN": 2, "SHARE": 5.0}.items():
+            patch.setattr(f"springtide.engine.governor.{name}", value)
         patch.setattr("springtide.engine.memory.LEAST", 4)
         patch.setattr("springtide.engine.memory.machine_memory", lambda: schedule.spare)
         for module in ("loop", "memory"):
