@@ -51,7 +51,7 @@ Draft = Annotated[
     str | None,
     typer.Option(
         help="Drafter: lookup, medusa, medusa2, hidden-transfer (which pocket has); NAME:OPTION=VALUE,...; "
-        "or a drafter's folder."
+        "or a drafter's folder. Of several, joined by commas, the fastest is used; auto: of all that the model has."
     ),
 ]
 
