@@ -44,6 +44,12 @@ SAMPLINGS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def no_costs(monkeypatch):
+    """Rows are not measured: engines must make the same drafts, which show under some policies."""
+    monkeypatch.setattr("springtide.engine.engine.cost_of_rows", lambda stack, policy: lambda rows: 10 + rows)
+
+
 @dataclass(frozen=True)
 class Target:
     """A model, and pages of ``page`` slots: as many as the caller has while an engine is made, and while it is used."""
