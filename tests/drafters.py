@@ -10,8 +10,11 @@ from springtide.attention import parse_policy
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.hidden_transfer import HiddenTransfer
 from springtide.drafting.longspec import Block, LongSpec, Sizes
+from springtide.drafting.lookup import Lookup
 from springtide.drafting.medusa import Heads, Medusa
+from springtide.drafting.several import Several
 from springtide.drafting.shape import grow
+from springtide.engine.governor import Governor
 from springtide.engine.self_draft import SelfDraft
 from tiny import BASE
 
@@ -39,7 +42,7 @@ def self_draft(
     policy: str = "tidal:budget=7,full=0,select=1", draft: Drafter | None = None, **options: Any
 ) -> SelfDraft:
     """The model under a sparse policy that leaves much out."""
-    return SelfDraft(parse_policy(policy), draft=draft, **{"tokens": 4, **options})
+    return SelfDraft(parse_policy(policy), draft=draft, **{"tokens": 4, "select": "verified", **options})
 
 
 def longspec(**options: Any) -> LongSpec:
@@ -51,6 +54,24 @@ def longspec(**options: Any) -> LongSpec:
         for weight in block.parameters():
             weight.copy_(0.3 * torch.randn(weight.shape, generator=generator) + (weight.ndim == 1))
     return LongSpec(block, **{"vocab_size": VOCAB, "window": 12, "trained": 4096, "temperatures": (1.0,) * 3} | options)
+
+
+def several(*layers: int, depth: int = 4) -> Several:
+    """One that adds rows in mid-pass, after these layers, one that reads hidden states, and one that reads tokens."""
+    return Several((hidden_transfer(*layers, depth=depth), medusa(), Lookup()))
+
+
+class Turns(Governor):
+    """Takes another arm at every pass: the first way first, plain decoding last."""
+
+    asked = 0
+
+    def choose(self, sequences: int, context: int) -> int:
+        self.asked += 1
+        return self.asked % self._arms
+
+    def record(self, tokens: int, seconds: float) -> None:
+        """Time decides nothing."""
 
 
 class Letters:

@@ -213,6 +213,11 @@ def test_eval_drafts(run, folder, drafter, book, tmp_path):
     alone = run(*base, "--text", book, "--prompts", 2, "--adaptive")
     assert (alone.code, alone.err) == (0, "")
     assert "2/2" in alone.out
+    several = [*base, "--text", book, "--prompts", 2, "--draft", f"lookup,(lookup,{drafter})"]
+    run(*several).refused(
+        f"'(lookup,{drafter})' drafts in several ways, of which the fastest is chosen as it goes; add"
+    )
+    assert run(*several, "--adaptive").out.count("2/2") == 2
 
 
 DRAFTS = [

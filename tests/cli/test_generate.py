@@ -197,9 +197,11 @@ def test_an_interrupt_while_loading(run, folder, monkeypatch):
     assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize("name", ["lookup", "lookup:ngram=3,depth=8", "folder"])
+@pytest.mark.parametrize(
+    "name", ["lookup", "lookup:ngram=3,depth=8", "FOLDER", "lookup:ngram=3,depth=8,FOLDER", "auto"]
+)
 def test_a_drafter_leaves_the_text_as_it_is(run, folder, expected, drafter, name, tmp_path):
-    draft = drafter if name == "folder" else name
+    draft = name.replace("FOLDER", str(drafter))
     base = ["generate", PROMPT, "--model", folder, "--max-tokens", 12, "--draft", draft]
     result = run(*base, "--stats", "--json", tmp_path / "out.json")
     assert (result.code, result.out) == (0, expected.text + "\n")
@@ -213,6 +215,7 @@ def test_a_drafter_leaves_the_text_as_it_is(run, folder, expected, drafter, name
         f"acceptance length {content['acceptance_length']:.2f}",
     ):
         assert part in result.err
+    assert ("fastest at the end" in result.err) == (content["fastest"] is not None)
 
 
 class Foresight(Drafter):
@@ -277,6 +280,10 @@ def test_typical_acceptance(run, folder, drafter):
         springtide.load(folder, draft=drafter).generate(PROMPT, max_tokens=12, temperature=0.8, accept="typical").text
     )
     assert results[0].out == text + "\n"
+    several = [f"lookup,{draft}" if draft == drafter else draft for draft in base]
+    run(*several, "--temperature", 0.8).refused(
+        "lookup, medusa would be chosen by measured time; choose one way to draft"
+    )
 
 
 def test_the_bundled_model_is_the_default(run, tmp_path):

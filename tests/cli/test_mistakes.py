@@ -41,6 +41,9 @@ def test_budgets_that_are_none(run, calibrated, budget, message):
         ("medusa", "There is no drafter 'medusa' beside this model"),
         ("lookup:depth=many", "lookup: depth is 'many', but it must be a whole number"),
         ("lookup:depth=0", "lookup: depth is 0, but it must be at least 1"),
+        ("(lookup,nosuch)", "There is no drafter 'nosuch'"),
+        ("(lookup,lookup)", "Two of the drafters are 'lookup'; give one of each kind"),
+        ("(lookup", "The parentheses in '(lookup' do not match"),
     ],
 )
 def test_drafters_that_are_not_there(run, folder, draft, message):

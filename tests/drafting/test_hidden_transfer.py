@@ -14,6 +14,7 @@ from springtide.drafting.drafter import Drafter
 from springtide.drafting.hidden_transfer import HiddenTransfer
 from springtide.drafting.shape import Shape, grow
 from springtide.engine.engine import Engine
+from springtide.engine.governor import Governor
 from springtide.engine.loop import Loop
 from springtide.errors import SpringtideError
 from springtide.model.stack import Stack
@@ -141,18 +142,14 @@ def test_a_fork_goes_on_by_itself():
 def test_passes_without_the_drafter_leave_it_nothing_to_propose():
     """As when drafting does not pay for a while."""
 
-    class Turns:
-        def __init__(self):
-            self.passes = 0
+    class Turns(Governor):
+        passes = 0
 
-        def drafts(self, sequences):
-            return self.passes % 5 < 3
+        def choose(self, sequences, context):
+            return int(self.passes % 5 < 3)
 
-        def record(self, sequences, tokens, seconds):
+        def record(self, tokens, seconds):
             self.passes += 1
-
-        def gain(self, sequences):
-            return None
 
     engine = drafting(drafter(shape=EVERY_CHILD))
     sequence = engine.start(PROMPT, Sampling(max_tokens=24))

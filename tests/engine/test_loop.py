@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from drafters import VOCAB, Letters, hidden_transfer, longspec, medusa
+from drafters import VOCAB, Letters, Turns, hidden_transfer, longspec, medusa
 from guesses import Guesses
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.lookup import Lookup
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
 from springtide.engine.loop import GIVEN_ROWS, Loop
+from springtide.errors import SpringtideError
 from stepping import passes
 from tiny import random_tokens, tiny
 
@@ -258,17 +259,17 @@ def test_what_is_watched_beside_others_is_as_alone(policy):
 class Told:
     """A governor that always drafts, and keeps what it is told."""
 
+    best = gain = None
+
     def __init__(self):
-        self.sequences = []
+        self.chosen, self.told = [], []
 
-    def drafts(self, sequences):
-        return True
+    def choose(self, sequences, context):
+        self.chosen.append((sequences, context))
+        return 1
 
-    def record(self, sequences, tokens, seconds):
-        self.sequences.append(sequences)
-
-    def gain(self, sequences):
-        return None
+    def record(self, tokens, seconds):
+        self.told.append(self.chosen[-1][0])
 
 
 class Named(Guesses):
@@ -279,13 +280,69 @@ class Named(Guesses):
 
 def test_each_drafter_has_a_governor_that_knows_its_own_passes_alone():
     engine, made = engine_of(), []
-    loop = loop_of(engine, governor=lambda: made.append(Told()) or made[-1])
+    loop = loop_of(engine, governor=lambda ways: made.append(Told()) or made[-1])
     one, two = (Named([], "wrong", vocab=VOCAB) for _ in range(2))
     a, b, c = (engine.start(PROMPT, max_tokens=50, draft=draft) for draft in (one, two, one))
     for request in (a, b, c):
         loop.step([request])
     for batch in ([a], [b], [a, c], [b]):
         loop.step(batch)
-    assert [told.sequences for told in made] == [[1, 2], [1, 1]][: len(made)] and len(made) == 2
+    assert [governor.told for governor in made] == [[1, 2], [1, 1]]
     loop.step([a, b])
-    assert [told.sequences for told in made] == [[1, 2], [1, 1]], "whose drafts took how long is not known"
+    assert [governor.told for governor in made] == [[1, 2], [1, 1]], "whose drafts took how long is not known"
+
+
+class Ways(Drafter):
+    """Drafts one token, and keeps the ways that it was asked for."""
+
+    name = "both"
+    ways = ("near", "far")
+
+    def __init__(self):
+        self.asked = []
+
+    def propose(self, views):
+        self.asked.append([view.way for view in views])
+        return [TokenTree([view.tokens[-1], 0], [-1, 0]) for view in views]
+
+
+def test_a_drafter_is_told_which_of_its_ways_is_wanted():
+    engine, drafter = engine_of(), Ways()
+    batch = [engine.start(prompt, max_tokens=8, draft=drafter) for prompt in (PROMPT, OTHER)]
+    for _ in zip(range(7), passes(engine, batch, governor=Turns), strict=False):
+        pass
+    assert drafter.asked == [[0, 0], [1, 1]] * 2, "the prompt's pass asks for nothing, and every third one is plain"
+    alone = engine.start(PROMPT, max_tokens=4, draft=drafter)
+    drafter.asked.clear()
+    list(passes(engine, [alone]))
+    assert {way for ways in drafter.asked for way in ways} == {0}, "without a governor it is the first"
+
+
+def test_the_governor_knows_sequences_and_their_mean_context():
+    engine, governor, drafter = engine_of(), Told(), Chain(0)
+    drafter.name = "chain"
+    loop = loop_of(engine, governor=lambda ways: governor)
+    batch = [engine.start(prompt, max_tokens=8, draft=drafter) for prompt in (PROMPT, OTHER)]
+    for _ in range(3):
+        loop.step(batch)
+    assert governor.chosen == [(2, (30 + 21) // 2), (2, (31 + 22) // 2)]
+
+
+def test_statistics_name_what_is_fastest():
+    engine, governor = engine_of(), Told()
+    request = engine.start(PROMPT, max_tokens=4, draft=Ways())
+    list(passes(engine, [request], governor=lambda ways: governor))
+    assert request.stats().fastest is None
+    for best, name in enumerate(("none", "near", "far")):
+        governor.best = best
+        request = engine.start(PROMPT, max_tokens=4, draft=Ways())
+        list(passes(engine, [request], governor=lambda ways: governor))
+        assert request.stats().fastest == name
+
+
+@pytest.mark.parametrize(
+    "options", [{"accept": "typical", "temperature": 0.8}, {"policy": "quest:budget=4,page=4,skip=1"}], ids=str
+)
+def test_what_drafts_in_several_ways_is_refused_where_drafts_show(options):
+    with pytest.raises(SpringtideError, match="near, far would be chosen by measured time; choose one way to draft"):
+        engine_of().start(PROMPT, draft=Ways(), **options)

@@ -83,8 +83,8 @@ def test_what_is_read_was_chosen_by_the_row_that_was_verified_last(policy, monke
         row = under.start(request.tokens[:length], Sampling(1), policy=policy, draft=Drafter(), prefill=length - 1)
         read.clear()
         list(under.run([row]))
-        # Tidal reads one choice everywhere. Others choose in each layer, where queries above the first sparse one are of
-        # rows that read everything below.
+        # Tidal reads one choice everywhere. Others choose in each layer, where queries above the first sparse one are
+        # of rows that read everything below.
         layers = len(read)
         assert len(drafted) == 3 * layers
         for step in range(3):

@@ -8,9 +8,11 @@ from functools import cache, partial
 import pytest
 import torch
 
-from drafters import VOCAB, Letters, hidden_transfer, longspec, medusa, self_draft
+from drafters import VOCAB, Letters, Turns, hidden_transfer, longspec, medusa, self_draft, several
 from springtide.drafting.lookup import Lookup
+from springtide.drafting.several import Several
 from springtide.engine.engine import Engine
+from springtide.engine.governor import Governor
 from springtide.engine.loop import Loop
 from springtide.rows.sampling import Sampling
 from stepping import check_cache, passes, poison
@@ -39,6 +41,7 @@ DRAFTERS = {
     "self over medusa": self_draft(draft=medusa()),
     "longspec": longspec(),
     "longspec that reads little": longspec(cross=6),
+    "several by turns": several(1, 2, 2),
 }
 CASES = {
     f"{name}, {policy.split(':')[0]}": (drafter, policy + ",reselect=3" * ("between" in name and policy == TIDAL))
@@ -49,10 +52,20 @@ every_drafter = pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=DRAFTE
 every_case = pytest.mark.parametrize(("drafter", "policy"), CASES.values(), ids=CASES.keys())
 
 
+@pytest.fixture(autouse=True)
+def turns(monkeypatch):
+    monkeypatch.setattr("springtide.engine.engine.Governor", Turns)
+
+
 def engine(policy, drafter=None, dtype=torch.float64, **overrides):
-    """It drafts in every pass."""
+    """It drafts in every pass, but several drafters, and plain passes, take turns."""
     model = tiny("qwen3", dtype, vocab_size=VOCAB, **overrides)
-    return Engine(model, Letters(), policy, drafter, adaptive=False)
+    return Engine(model, Letters(), policy, drafter, adaptive=isinstance(drafter, Several))
+
+
+def stepped(engine, batch):
+    """Run a batch to its end, as the engine does; yields after every pass."""
+    return passes(engine, batch, governor=Turns if engine.adaptive else None)
 
 
 def complete(engine, prompt=PROMPT, count=COUNT, **options):
@@ -166,7 +179,7 @@ def test_in_lower_precision_only_near_ties_are_decided_otherwise(drafter, policy
 def test_after_every_step_the_caches_are_those_of_fresh_prompts(drafter):
     under = engine("dense", drafter)
     batch = [under.start(prompt, Sampling(12, temperature=0.8)) for prompt in PROMPTS]
-    for _ in passes(under, batch):
+    for _ in stepped(under, batch):
         for sequence in batch:
             check_cache(under, sequence)
     assert all(sequence.accepted for sequence in batch)
@@ -174,7 +187,7 @@ def test_after_every_step_the_caches_are_those_of_fresh_prompts(drafter):
 
 @every_drafter
 def test_after_every_pass_drafts_are_those_of_a_fresh_prompt(drafter):
-    """What was rejected leaves no trace in what the drafter remembers."""
+    """What was rejected leaves no trace in what the drafter remembers. Of several it is the first one."""
     under = engine("dense", drafter)
     sequence, rejected = under.start(PROMPT, Sampling(COUNT)), 0
     for _ in passes(under, [sequence]):
@@ -195,7 +208,7 @@ def test_rejected_and_pseudo_rows_are_out_of_reach(drafter, policy):
         """With ``value`` in all that is not committed."""
         under = engine(policy, drafter)
         sequence = under.start(PROMPT, Sampling(COUNT, temperature=0.8))
-        for _ in passes(under, [sequence]):
+        for _ in stepped(under, [sequence]):
             length = sequence.cache.length
             for layer in range(under.stack.spec.num_layers):
                 assert all(part.isfinite().all() for part in sequence.cache.read(layer, 0, length))
@@ -219,6 +232,7 @@ def test_a_drafter_that_seems_slow_is_left_out_and_changes_nothing(drafter, poli
 
     under = engine(policy, copy(drafter))
     under.adaptive, propose = True, under.drafter.propose
+    monkeypatch.setattr("springtide.engine.engine.Governor", Governor)
 
     def slow(views):
         nonlocal now, drafted

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters import VOCAB, Letters, hidden_transfer, longspec, medusa, self_draft
+from drafters import VOCAB, Letters, hidden_transfer, longspec, medusa, self_draft, several
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.lookup import Lookup
 from springtide.engine.engine import Engine
@@ -38,12 +38,19 @@ DRAFTERS: dict[str, Drafter] = {
     "self": self_draft("streaming:budget=5,sinks=2"),
     "self over medusa": self_draft("oracle:budget=5,skip=1", medusa()),
     "longspec": longspec(),
+    "several": several(1, 2, 2, depth=LAYERS),
 }
 SAMPLINGS = (
     {},
     {"temperature": 0.9, "seed": 1},
     {"temperature": 1.3, "top_p": 0.9, "repetition_penalty": 2.0, "seed": 2},
 )
+
+
+@pytest.fixture(autouse=True)
+def no_costs(monkeypatch):
+    """Rows are not measured: engines must make the same drafts, which show under some policies."""
+    monkeypatch.setattr("springtide.engine.engine.cost_of_rows", lambda stack, policy: lambda rows: 10 + rows)
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,7 @@ joins = st.builds(
     ignore_eos=st.booleans(),
     reuse=st.one_of(st.none(), st.none(), st.integers(0, 9)),
     admitted=st.sampled_from([False, False, True]),
-)
+).filter(lambda join: (join.policy, join.drafter) != (QUEST, "several"))  # it is refused
 turns = st.builds(
     Turn,
     join=st.one_of(joins, joins, st.none()),
@@ -318,8 +325,8 @@ def counted_heads(schedule: Schedule) -> Iterator[list[int]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("springtide.engine.loop.CHUNK", schedule.chunk)
-        for name in ("START", "RUN"):
-            patch.setattr(f"springtide.engine.governor.{name}", 1)
+        for name, value in {"RUN": 2, "SHARE": 5.0}.items():
+            patch.setattr(f"springtide.engine.governor.{name}", value)
         patch.setattr("springtide.engine.memory.LEAST", 4)
         patch.setattr("springtide.engine.memory.machine_memory", lambda: schedule.spare)
         for module in ("loop", "memory"):

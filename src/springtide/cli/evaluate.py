@@ -141,7 +141,9 @@ def recall(
 def drafts(
     *,
     model: Model,
-    draft: Annotated[str, typer.Option(help="Comma list of drafters, see generate --draft.")] = "lookup",
+    draft: Annotated[
+        str, typer.Option(help="Comma list of drafters, see generate --draft; several that are one in parentheses.")
+    ] = "lookup",
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text file, or a folder of .txt files (default: the bundled excerpt).")
     ] = None,

@@ -50,8 +50,9 @@ Images = Annotated[str, typer.Option("--data", help="scenes, digits, or a folder
 Draft = Annotated[
     str | None,
     typer.Option(
-        help="Drafter: lookup, medusa, medusa2, hidden-transfer (which pocket has), longspec; NAME:OPTION=VALUE,...; "
-        "or a drafter's folder."
+        help="Drafter: lookup, self, medusa, medusa2, hidden-transfer (which pocket has), longspec; "
+        "NAME:OPTION=VALUE,...; or a drafter's folder. "
+        "Of several, joined by commas, the fastest is used; auto: of all that the model has."
     ),
 ]
 

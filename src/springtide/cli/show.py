@@ -100,6 +100,8 @@ def stats_line(stats: Any, drafted: bool) -> str:
         known.append("so nothing was drafted")
     if known:
         parts.append(f"speed with drafts over without: {', '.join(known)}")
+    if stats.fastest is not None:
+        parts.append(f"fastest at the end: {stats.fastest}")
     return ", ".join(parts)
 
 

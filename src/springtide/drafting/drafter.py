@@ -6,7 +6,7 @@ on the sequence's segments as ``segment.draft``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
@@ -45,6 +45,7 @@ class View:
         cache, policy, state: the request's cache, its policy, and the policy's state.
         request: the request itself (:class:`springtide.engine.request.Request`), for drafters that run others like it.
         gaps: how far the tokens' positions are beyond their places, where a prompt's first rows left some out.
+        way: which of the drafter's ways is wanted, from 0; it is the same for all requests of a call.
     """
 
     tokens: Sequence[int]
@@ -53,8 +54,9 @@ class View:
     cache: Cache
     policy: Any
     state: Any
-    request: Any
+    request: Any = None
     gaps: int = 0
+    way: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,25 @@ class Drafter:
     name: ClassVar[str] = "none"
 
     @property
+    def ways(self) -> Sequence[str]:
+        """Names of the ways in which it can draft, such as how far ahead; they all lead to the same output."""
+        return (self.name,)
+
+    def using(self, way: int) -> Drafter:
+        """The drafter whose way that is: itself, if it is not made of others."""
+        return self
+
+    @property
     def gain(self) -> float | None:
         """How many times as fast as plain decoding it is predicted to be; None where that is not known."""
         return None
 
     def resolve(self, target: Target) -> Self:
         """The drafter, ready for ``target``; raises SpringtideError if it was made for another model."""
+        return self
+
+    def tuned(self, cost: Callable[[int], float]) -> Self:
+        """The drafter with trees that suit what rows cost: ``cost(n)`` is the time of a pass of n rows."""
         return self
 
     @property
@@ -114,11 +129,8 @@ class Drafter:
 
     @property
     def observes(self) -> bool:
-        """Whether it wants to see the queries of the passes that it drafts for."""
+        """Whether it wants to see the queries of the passes that it drafts for, as :attr:`Segment.queries`."""
         return False
-
-    def observe(self, layer: Any, q: Tensor, segment: Segment) -> None:
-        """The queries ``[rows, H, D]`` of a segment that it drafted for, at an ``attention.policy.Layer``."""
 
     @property
     def grows(self) -> Sequence[int]:
@@ -133,4 +145,6 @@ class Drafter:
         """A pass is over: rows ``kept`` (ascending) stay; ``hidden [rows, hidden]`` are the segment's final states.
 
         Called when the last of these rows has been asked for the next token. What it followed is committed already.
+        Rows that were added in mid-pass come last in ``hidden``; they are those of ``segment.drafter``, which may be
+        another.
         """

@@ -152,7 +152,8 @@ class HiddenTransfer(Shaped):
     def commit(self, segment: Segment, hidden: Tensor, kept: Sequence[int]) -> None:
         planned = len(segment.tokens)
         place = kept[-1] - (planned - segment.outputs)
-        segment.draft.last = hidden[planned:][place :: segment.outputs] if len(hidden) > planned else None
+        own = segment.drafter is self and len(hidden) > planned
+        segment.draft.last = hidden[planned:][place :: segment.outputs] if own else None
 
     @torch.inference_mode()
     def propose(self, views: Sequence[View]) -> list[TokenTree]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
@@ -19,13 +20,11 @@ from transformers import PreTrainedModel
 from springtide.attention import parse_policy
 from springtide.attention.policy import Policy
 from springtide.drafting.drafter import Drafter
-from springtide.drafting.guesser import Guesser
 from springtide.engine.drafters import find_adapter, find_drafter
 from springtide.engine.governor import Governor
-from springtide.engine.loop import CHUNK, PLAIN, Loop
+from springtide.engine.loop import CHUNK, PLAIN, Loop, shows_drafts
 from springtide.engine.memory import Memory
 from springtide.engine.request import FinishReason, Request, Stats
-from springtide.engine.self_draft import SelfDraft
 from springtide.engine.session import Event, Session
 from springtide.engine.text import Detokenizer
 from springtide.errors import SpringtideError
@@ -74,7 +73,8 @@ class Engine:
         policy: an attention policy, or its text form such as ``"tidal:budget=256"``.
         drafter: proposes tokens to try; the output does not depend on it if the policy's rows are independent.
         calibration: the content of the model's ``springtide.json``.
-        adaptive: leave the drafter out of passes while drafting is measured to be slower.
+        adaptive: draft in the way that is measured to be fastest, and not while none is faster than plain decoding;
+            without it every pass is drafted, in the first way.
 
     Attributes:
         eos: tokens that end a sequence: the model's generation configuration's, else the tokenizer's.
@@ -131,16 +131,9 @@ class Engine:
         key = (id(draft) if isinstance(draft, Drafter) else str(draft), policy)
         if key not in self._drafters:
             drafter = (draft if isinstance(draft, Drafter) else self.named(draft)).resolve(self.stack)
-            self._drafters[key] = draft, self._tuned(drafter, policy)
+            cost = cache(lambda: cost_of_rows(self.stack, policy))  # takes a second to measure, where it is asked for
+            self._drafters[key] = draft, drafter.tuned(lambda rows: cost()(rows))
         return self._drafters[key][1]
-
-    def _tuned(self, drafter: Drafter, policy: Policy) -> Drafter:
-        """The drafter with a draft tree that pays under the policy by which its drafts are verified."""
-        if isinstance(drafter, SelfDraft):
-            return dataclasses.replace(drafter, draft=self._tuned(drafter.draft, drafter.policy))
-        if isinstance(drafter, Guesser):  # rows' cost takes a second to measure
-            return drafter.tuned(cost_of_rows(self.stack, policy))
-        return drafter
 
     def named(self, draft: str | Path) -> Drafter:
         """The drafter of that name or folder; raises SpringtideError if it is missing or would change the model."""
@@ -283,7 +276,8 @@ class Engine:
         Args:
             sampling: how tokens are chosen and when to stop; or its fields as ``options``.
             policy: the attention policy (default: the engine's).
-            draft: what proposes tokens to try (default: the engine's drafter), see :meth:`drafter_of`.
+            draft: what proposes tokens to try (default: the engine's drafter), see :meth:`drafter_of`; one way of it
+                alone where the output depends on drafts.
             prefill: how many tokens are computed as a prompt; the rest is decoded like generated ones (default: all).
             reuse: an earlier request of this model, whose cache is taken over as far as its tokens agree and are as a
                 dense pass writes them; it is left with an empty one.
@@ -329,6 +323,11 @@ class Engine:
             watch=watch,
             meter=meter,
         )
+        if len(request.drafter.ways) > 1 and shows_drafts(request):
+            raise SpringtideError(
+                f"With typical acceptance, or under '{policy.name}' as it is set, the output depends on drafts, and "
+                f"{', '.join(request.drafter.ways)} would be chosen by measured time; choose one way to draft."
+            )
         if watch is not None:  # the last row of the prompt predicts the first token that is watched
             request.cache.crop(prefill - 1)
         return request

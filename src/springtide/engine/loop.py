@@ -36,12 +36,13 @@ class Plan:
 class Loop:
     """Steps requests forward, each under its own policy and with its own drafter.
 
-    With a ``governor``, which makes one for each drafter, drafters are left out of passes while they do not pay.
+    With a ``governor``, which makes one for a drafter of so many ways, each pass is drafted in the way that is fastest,
+    or not at all. Without one, drafters draft always, in the first of their ways.
     """
 
     stack: Stack
     eos: frozenset[int]
-    governor: Callable[[], Governor] | None = None
+    governor: Callable[[int], Governor] | None = None
     max_rows: int = CHUNK
     clock: Callable[[], float] = time.perf_counter
     _governors: dict[int, tuple[Drafter, Governor]] = field(default_factory=dict)
@@ -90,7 +91,7 @@ class Loop:
     def _chain(self, request: Request, kind: Kind, start: int, stop: int) -> Plan:
         tokens, parents = request.tokens[start:stop], list(range(-1, stop - start - 1))
         last = stop == len(request.tokens)
-        outputs, drafter = int(last), request.drafter if last else None
+        outputs, drafter = int(last), request.drafter.using(request.way) if last else None
         if request.watch is not None:
             # The row before a token predicts it; those that a refresh computes again have done so before.
             outputs, drafter = max(0, stop - max(start, request.cache.length, request.prefill_end - 1)), None
@@ -103,10 +104,13 @@ class Loop:
         """Trees for requests that decode; a drafter sees all that are its own at once."""
         for drafter in {id(request.drafter): request.drafter for request in requests}.values():
             own = [request for request in requests if request.drafter is drafter]
-            governor = self._governor(own)
-            used = drafter if governor is None or governor.drafts(len(own)) else PLAIN
+            way = self._way(own)
+            for request in own:
+                request.way = request.way if way is None else way
             depths = [self._depth(request) for request in own]
-            trees = used.propose([request.view(depth) for request, depth in zip(own, depths, strict=True)])
+            views = [request.view(depth) for request, depth in zip(own, depths, strict=True)]
+            trees = (PLAIN if way is None else drafter).propose(views)
+            used = PLAIN if way is None else drafter.using(way)
             for request, tree, depth in zip(own, trees, depths, strict=True):
                 yield self._tree(request, tree.limited(depth), used)
 
@@ -175,28 +179,35 @@ class Loop:
         return decision
 
     def _governor(self, requests: Sequence[Request]) -> Governor | None:
-        """Who decides whether ``requests``, which have one drafter, are drafted for; None where they always are."""
+        """Who decides how ``requests``, which have one drafter, are drafted for; None where time must not decide."""
         drafter = requests[0].drafter
-        if self.governor is None or drafter.name == PLAIN.name or any(_shows_drafts(request) for request in requests):
+        if self.governor is None or drafter.name == PLAIN.name or any(map(shows_drafts, requests)):
             return None
         if id(drafter) not in self._governors:
-            self._governors[id(drafter)] = drafter, self.governor()
+            self._governors[id(drafter)] = drafter, self.governor(len(drafter.ways))
         return self._governors[id(drafter)][1]
+
+    def _way(self, requests: Sequence[Request]) -> int | None:
+        """The way in which the next pass over ``requests``, which have one drafter, is drafted; None: it is plain."""
+        governor = self._governor(requests)
+        context = sum(request.cache.length for request in requests) // len(requests)
+        arm = 1 if governor is None else governor.choose(len(requests), context)
+        return arm - 1 if arm else None
 
     def _record(self, plans: Sequence[Plan], tokens: int, seconds: float) -> None:
         """Let the governor know what a pass took, if it was made of one drafter's drafts alone."""
         requests = [plan.request for plan in plans]
         drafters = {id(request.drafter) for request in requests}
-        decoded = all(plan.segment.decoding and plan.segment.outputs == len(plan.segment.tokens) for plan in plans)
+        decoded = all(plan.tree is not None and plan.segment.decoding for plan in plans)
         governor = self._governor(requests) if decoded and len(drafters) == 1 else None
         if governor is not None:
-            governor.record(len(requests), tokens, seconds)
+            governor.record(tokens, seconds)
             for request in requests:
-                request.measured_gain = governor.gain(len(requests))
+                request.measured_gain, request.fastest = governor.gain, governor.best
 
 
-def _shows_drafts(request: Request) -> bool:
-    """Whether leaving out drafts, which depends on time, would change the output."""
+def shows_drafts(request: Request) -> bool:
+    """Whether leaving out drafts, or making others, which depends on time, would change the output."""
     return request.sampling.accept == "typical" or not request.policy.rows_independent
 
 

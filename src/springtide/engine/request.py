@@ -32,7 +32,7 @@ class Stats:
     ``acceptance_length``: mean tokens that such a pass gave, its own one counted; None if there was none.
     ``predicted_gain``: how many times as fast as plain decoding the drafter was thought to be, by its accuracy and what
     rows cost; ``measured_gain``: what the passes took (the drafter is left out while that is below 1); None where it is
-    not known.
+    not known. ``fastest``: what the last passes showed to be so, a way of the drafter or "none"; None likewise.
     """
 
     prompt_tokens: int
@@ -48,6 +48,7 @@ class Stats:
     acceptance_length: float | None
     predicted_gain: float | None
     measured_gain: float | None
+    fastest: str | None
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Request:
     request that ``lends`` shares rows with others of its session, and leaves its own to them when it ends; those of its
     first ``lent`` tokens were another's. One session at most has ``admitted`` it. ``output_start`` is where the output
     begins. ``writer`` turns it into text. Of the tokens that were ``drafted``, ``accepted`` are in the output; it took
-    ``passes`` passes after the prompt's. ``from_draft`` says of each token of the output whether it was drafted.
+    ``passes`` passes after the prompt's. ``from_draft`` says of each token of the output whether it was drafted. The
+    last draft was made in that ``way`` of its drafter; ``fastest`` is the governor's arm that is, as measured.
 
     With a ``watch`` nothing is generated: it is called with the logits ``[n, V]`` that predict the tokens from
     ``prefill_end`` on, n at a time, and the request ends with its tokens. ``meter`` is called with every sparse read,
@@ -109,7 +111,9 @@ class Request:
     passes: int = 0
     from_draft: list[bool] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
+    way: int = 0
     measured_gain: float | None = None
+    fastest: int | None = None
 
     def __post_init__(self) -> None:
         self.state = self.policy.new_state()
@@ -148,7 +152,7 @@ class Request:
 
     def view(self, depth: int) -> View:
         """What the drafter sees when it is asked for a tree of that depth."""
-        return View(self.tokens, depth, self.draft, self.cache, self.policy, self.state, self, self.gaps)
+        return View(self.tokens, depth, self.draft, self.cache, self.policy, self.state, self, self.gaps, self.way)
 
     def segment(self, kind: Kind, start: int, tokens: list[int], parents: list[int], **options: Any) -> Segment:
         """Rows of this request that follow its first ``start`` tokens."""
@@ -250,4 +254,5 @@ class Request:
             acceptance_length=self.decoded / self.passes if self.passes else None,
             predicted_gain=self.drafter.gain,
             measured_gain=self.measured_gain,
+            fastest=None if self.fastest is None else (Drafter.name, *self.drafter.ways)[self.fastest],
         )

@@ -7,9 +7,10 @@ queries of the pass that verifies choose what the next draft reads (as in Sparse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from torch import Tensor
@@ -22,11 +23,13 @@ from springtide.drafting.tree import TokenTree
 from springtide.engine.loop import Loop
 from springtide.engine.request import Request
 from springtide.errors import SpringtideError
+from springtide.model.cost import cost_of_rows
 from springtide.model.stack import Stack
 from springtide.options import Share, at_least, option
 from springtide.registry import Nested
 from springtide.rows.segment import Segment
 
+WAYS = 3  # numbers of drafted tokens that may be tried, each half of the one before
 SPARSE = Tidal(budget=Share(5))
 PLAIN = Drafter()
 
@@ -38,8 +41,7 @@ class SelfState:
     Attributes:
         sparse: the sparse policy's state of the committed tokens.
         inner: the draft state of the drafter below.
-        queries: of each layer, and of each row of the last pass that was asked for a token ``[n, H, D]``; then of the
-            last row that stayed, ``[1, H, D]``.
+        queries: of each layer, those ``[1, H, D]`` of the last row that stayed of a draft.
         length: the tokens at that row, its own included.
     """
 
@@ -69,7 +71,7 @@ class SelfDraft(Drafter):
         None, "drafter whose drafts the sparse policy verifies"
     )
     select: Literal["verified", "own"] = option(
-        "verified", "who chooses what is read: queries of the pass that verified the last draft, or the draft's own"
+        "own", "who chooses what is read: queries of the pass that verified the last draft, or the draft's own"
     )
     loop: Loop | None = None
 
@@ -91,6 +93,20 @@ class SelfDraft(Drafter):
             self, policy=policy.resolve(target.spec), draft=below.resolve(target), loop=Loop(target, eos=frozenset())
         )
 
+    def tuned(self, cost: Callable[[int], float]) -> Self:
+        """The drafter below is verified under the sparse policy, and pays by what rows cost there."""
+        below = cache(lambda: cost_of_rows(self._loop.stack, self.policy))  # where it is asked for
+        return replace(self, draft=self.draft.tuned(lambda rows: below()(rows)))
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """How many tokens are drafted, in each of its ways."""
+        return [self.tokens >> half for half in range(WAYS) if half == 0 or self.tokens >> half > 1]
+
+    @property
+    def ways(self) -> Sequence[str]:
+        return [f"{self.name}, {count} tokens" for count in self.counts]
+
     @property
     def most_rows(self) -> int:
         return 1 + self.tokens
@@ -103,7 +119,7 @@ class SelfDraft(Drafter):
     def memory(self, tokens: int) -> int:
         stack = self._loop.stack
         heads: int = stack.spec.num_layers * stack.model.config.num_attention_heads
-        queries: int = (1 + self.tokens) * heads * stack.spec.head_dim * stack.model.dtype.itemsize
+        queries: int = heads * stack.spec.head_dim * stack.model.dtype.itemsize
         means: int = self.policy.remembered(tokens, stack.spec) * stack.slot_bytes
         below: int = self.draft.memory(tokens)
         return queries + means + below
@@ -120,14 +136,10 @@ class SelfDraft(Drafter):
     def observes(self) -> bool:
         return self.select == "verified"
 
-    def observe(self, layer: Layer, q: Tensor, segment: Segment) -> None:
-        planned = len(segment.tokens)
-        segment.draft.queries[layer.index] = layer, q[planned - segment.outputs : planned]
-
     def commit(self, segment: Segment, hidden: Tensor, kept: Sequence[int]) -> None:
         state: SelfState = segment.draft
-        row = kept[-1] - (len(segment.tokens) - segment.outputs)
-        state.queries = {index: (layer, q[row, None].clone()) for index, (layer, q) in state.queries.items()}
+        row = kept[-1]
+        state.queries = {index: (layer, q[row, None].clone()) for index, (layer, q) in segment.queries.items()}
         state.length = segment.prefix + len(kept)
         self.draft.commit(replace(segment, draft=state.inner), hidden, kept)
 
@@ -143,11 +155,11 @@ class SelfDraft(Drafter):
         """A request that goes on from here under the sparse policy, with the drafter below."""
         request: Request = view.request
         state: SelfState = request.draft
-        count = min(self.tokens, view.depth)
+        count = min(self.counts[view.way], view.depth)
         branch = request.branch(
             self.policy, state.sparse, self.draft, self.draft.branch(state.inner, view.tokens), count
         )
-        if self.observes and state.length == request.cache.length:
+        if state.queries and state.length == request.cache.length:
             branch.policy = self._held(branch, state)
         return branch
 

@@ -194,7 +194,7 @@ def contenders(
     """A contender for each policy and each drafter in ``names``, see :func:`springtide.load`.
 
     ``changed``: engines with the drafters that changed their model; they are compared with that model undrafted.
-    ``adaptive``: leave out drafts while they do not pay.
+    ``adaptive``: leave out drafts while they do not pay; what drafts in several ways is refused without it.
     """
     found = []
     for policy in policies:
@@ -204,6 +204,10 @@ def contenders(
             drafter = changed[name].drafter if name in changed else name
             drafted = drafting(plain, drafter)
             drafted.adaptive = adaptive
+            if len(drafted.drafter.ways) > 1 and not adaptive:
+                raise SpringtideError(
+                    f"'{name}' drafts in several ways, of which the fastest is chosen as it goes; add --adaptive."
+                )
             found.append(Contender(name, drafted, plain, base))
     return found
 

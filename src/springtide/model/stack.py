@@ -288,7 +288,7 @@ class Pass:
         kernels.write(self._kv(layer, everyone), k, v)
         rows = self.split(q)
         for place in self._observed:
-            segments[place].drafter.observe(layer, rows[place], segments[place])
+            segments[place].queries[layer.index] = layer, rows[place]
         slots = [segment.policy.reads(layer, own, segment) for segment, own in zip(segments, rows, strict=True)]
         dense = tuple(place for place in everyone if slots[place] is None)
         outputs = list(rows)

@@ -58,7 +58,8 @@ class Segment:
     written to slot ``prefix + i`` of the cache. ``outputs`` of the rows, the last ones, are asked for the token that
     follows. ``policy`` (:class:`springtide.attention.policy.Policy`) says what the rows read, and ``drafter``
     (:class:`springtide.drafting.drafter.Drafter`), if any, adds rows in mid-pass; ``state`` and ``draft`` are what they
-    remember of the sequence. Its first ``prefill_end`` tokens are its prompt, which is one however many segments it is
+    remember of the sequence. ``queries`` are those of each layer, with what is known of it, for a drafter that observes
+    them. The sequence's first ``prefill_end`` tokens are its prompt, which is one however many segments it is
     cut into. ``bytes_read`` counts what is read of the cache; ``meter``, if any, is called with every sparse read.
 
     The rows are those of ``tokens`` first, then those that :meth:`grow` added, which stand for no token. ``embeds`` may
@@ -80,6 +81,7 @@ class Segment:
     bytes_read: int = 0
     device: torch.device | str = "cpu"
     meter: Callable[..., None] | None = None
+    queries: dict[int, tuple[Any, Tensor]] = field(default_factory=dict)
     depths: list[int] = field(init=False)
     _seen: dict[int | None, Visible] = field(init=False, default_factory=dict)
     _reads: dict[int | None, Reads] = field(init=False, default_factory=dict)
