@@ -57,8 +57,10 @@ def longspec(**options: Any) -> LongSpec:
 
 
 def several(*layers: int, depth: int = 4) -> Several:
-    """One that adds rows in mid-pass, after these layers, one that reads hidden states, and one that reads tokens."""
-    return Several((hidden_transfer(*layers, depth=depth), medusa(), Lookup()))
+    """Of every kind: one adds rows in mid-pass, after these layers, others read hidden states, tokens, or queries."""
+    return Several(
+        (hidden_transfer(*layers, depth=depth), medusa(), Lookup(), self_draft("streaming:budget=7,sinks=2"))
+    )
 
 
 class Turns(Governor):

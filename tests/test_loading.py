@@ -469,7 +469,7 @@ def test_a_drafter_that_is_broken_or_does_not_fit(folder, adapted, tmp_path, cas
 
 @pytest.mark.parametrize("name", ["nosuch", "", "some/drafter"])
 def test_no_such_drafter(folder, name):
-    with pytest.raises(SpringtideError, match=f"no drafter '{name}': choose lookup, .*, longspec, or give"):
+    with pytest.raises(SpringtideError, match=f"no drafter '{name}': choose lookup, .*, longspec, self, or give"):
         springtide.load(folder, draft=name)
 
 

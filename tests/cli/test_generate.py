@@ -281,9 +281,7 @@ def test_typical_acceptance(run, folder, drafter):
     )
     assert results[0].out == text + "\n"
     several = [f"lookup,{draft}" if draft == drafter else draft for draft in base]
-    run(*several, "--temperature", 0.8).refused(
-        "lookup, medusa would be chosen by measured time; choose one way to draft"
-    )
+    run(*several, "--temperature", 0.8).refused("lookup, medusa would be chosen by measured time; choose one drafter")
 
 
 def test_the_bundled_model_is_the_default(run, tmp_path):

@@ -37,7 +37,7 @@ def test_budgets_that_are_none(run, calibrated, budget, message):
 @pytest.mark.parametrize(
     ("draft", "message"),
     [
-        ("nosuch", "There is no drafter 'nosuch': choose lookup, medusa, medusa2, hidden-transfer, longspec, or"),
+        ("nosuch", "There is no drafter 'nosuch': choose lookup, medusa, medusa2, hidden-transfer, longspec, self, or"),
         ("medusa", "There is no drafter 'medusa' beside this model"),
         ("lookup:depth=many", "lookup: depth is 'many', but it must be a whole number"),
         ("lookup:depth=0", "lookup: depth is 0, but it must be at least 1"),

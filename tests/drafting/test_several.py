@@ -47,8 +47,8 @@ def always(arms):
 
 def test_its_ways_are_those_of_all():
     both = several(1, 2, 2)
-    assert list(both.ways) == ["hidden-transfer", "medusa", "lookup"]
-    assert [both.using(way).name for way in range(3)] == list(both.ways)
+    assert list(both.ways) == ["hidden-transfer", "medusa", "lookup", "self, 4 tokens", "self, 2 tokens"]
+    assert [both.using(way).name for way in range(5)] == ["hidden-transfer", "medusa", "lookup", "self", "self"]
     nested = Several((Lookup(), Several((medusa(), hidden_transfer(1, 2, 2)))))
     assert list(nested.ways) == ["lookup", "medusa", "hidden-transfer"]
     assert [nested.using(way).name for way in range(3)] == list(nested.ways)

@@ -11,6 +11,7 @@ from drafters import VOCAB, Letters, Turns, hidden_transfer, longspec, medusa
 from guesses import Guesses
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.lookup import Lookup
+from springtide.drafting.several import Several
 from springtide.drafting.tree import TokenTree
 from springtide.engine.engine import Engine
 from springtide.engine.loop import GIVEN_ROWS, Loop
@@ -343,6 +344,10 @@ def test_statistics_name_what_is_fastest():
 @pytest.mark.parametrize(
     "options", [{"accept": "typical", "temperature": 0.8}, {"policy": "quest:budget=4,page=4,skip=1"}], ids=str
 )
-def test_what_drafts_in_several_ways_is_refused_where_drafts_show(options):
-    with pytest.raises(SpringtideError, match="near, far would be chosen by measured time; choose one way to draft"):
-        engine_of().start(PROMPT, draft=Ways(), **options)
+def test_where_drafts_show_a_drafter_uses_its_first_way_and_several_are_refused(options):
+    drafter = Ways()
+    request = engine_of().start(PROMPT, draft=drafter, max_tokens=4, **options)
+    list(passes(engine_of(), [request], governor=lambda ways: Told()))
+    assert {way for ways in drafter.asked for way in ways} == {0}
+    with pytest.raises(SpringtideError, match="would be chosen by measured time; choose one drafter"):
+        engine_of().start(PROMPT, draft=Several((drafter, Lookup())), **options)

@@ -28,7 +28,7 @@ def engine() -> Engine:
     return springtide.load(tiny("qwen3", vocab_size=VOCAB, max_position_embeddings=1024), tokenizer())
 
 
-def cut(texts=(BOOK,), lengths=(60, 90), prompts=4, recall=0, seed=0) -> list[Passage]:
+def cut(texts=(BOOK,), lengths=(80,), prompts=4, recall=0, seed=0) -> list[Passage]:
     *progress, result = passages(tokenizer(), texts, lengths, prompts, recall, seed)
     assert progress == [None] * len(texts)
     return result
@@ -58,7 +58,7 @@ def against(engine, name, drafter) -> Contender:
 def test_prompts_have_their_lengths_and_begin_sentences_or_lines():
     words = tokenizer()
     opening = words.encode("")
-    pieces = cut(prompts=9)
+    pieces = cut(prompts=9, lengths=(60, 90))
     assert [len(piece.context) for piece in pieces] == [60, 90, 60, 90, 60, 90, 60, 90, 60]
     book = words.decode(words.encode(BOOK, add_special_tokens=False))
     for piece in pieces:
@@ -99,7 +99,7 @@ def test_recall_prompts_ask_for_a_fact_that_was_told():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"texts": ("Hm",)}, "The text has . tokens, but a prompt needs 90; use a shorter --length"),
+        ({"texts": ("Hm",)}, "The text has . tokens, but a prompt needs 80; use a shorter --length"),
         ({"texts": ("word " * 300,), "prompts": 2}, "has 1 sentences or lines .* 2 prompts were asked for"),
         ({"lengths": (20,), "recall": 1}, "too short for 5 facts"),
     ],
@@ -157,14 +157,16 @@ def test_acceptance_by_position_adds_up(engine):
     assert row.acceptance_length == pytest.approx(1 + sum(shares))
 
 
-def test_temperatures_and_texts_have_rows_of_their_own(engine):
-    pieces = cut(lengths=(300,), prompts=2, recall=5)
+def test_temperatures_texts_and_lengths_have_rows_of_their_own(engine):
+    pieces = cut(lengths=(300, 320), prompts=3, recall=5)
     rows = measured([against(engine, "random", Guesses([], "random", vocab=VOCAB))], pieces, (0.0, 0.8), 8)
-    assert [(row.text, row.temperature, row.prompts) for row in rows] == [
-        ("book", 0.0, 2),
-        ("book", 0.8, 2),
-        ("recall", 0.0, 5),
-        ("recall", 0.8, 5),
+    assert [(row.text, row.length, row.temperature, row.prompts) for row in rows] == [
+        ("book", 300, 0.0, 2),
+        ("book", 300, 0.8, 2),
+        ("book", 320, 0.0, 1),
+        ("book", 320, 0.8, 1),
+        ("recall", 300, 0.0, 5),
+        ("recall", 300, 0.8, 5),
     ]
     assert all(row.outputs_equal == 1.0 for row in rows)
 

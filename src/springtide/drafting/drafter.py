@@ -43,9 +43,9 @@ class View:
         depth: how deep the tree may be; what is deeper is cut off.
         draft: the drafter's own state of the request.
         cache, policy, state: the request's cache, its policy, and the policy's state.
-        request: the request itself (:class:`springtide.engine.request.Request`), for drafters that run others like it.
         gaps: how far the tokens' positions are beyond their places, where a prompt's first rows left some out.
         way: which of the drafter's ways is wanted, from 0; it is the same for all requests of a call.
+        request: the request itself (:class:`springtide.engine.request.Request`), for drafters that run others like it.
     """
 
     tokens: Sequence[int]
@@ -54,9 +54,9 @@ class View:
     cache: Cache
     policy: Any
     state: Any
-    request: Any = None
     gaps: int = 0
     way: int = 0
+    request: Any = None
 
 
 @dataclass(frozen=True)

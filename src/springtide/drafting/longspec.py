@@ -430,7 +430,7 @@ class LongSpec(Guesser):
         """Milliseconds of a level behind a short context: the best of some, what else runs only adds to them."""
         assert self.target is not None
         tokens = [0] * max(2, min(CONTEXT + 1, self.target.spec.context_limit - MOST_STEPS))
-        view = View(tokens, self.steps, self.new_state(), self.target.read(tokens[:-1]), None, None, None)
+        view = View(tokens, self.steps, self.new_state(), self.target.read(tokens[:-1]), None, None)
         ready, seconds = replace(self, prices=(1.0,) * NODES, level=0.0, trained=len(tokens)), []
         for _ in range(TIMED):
             start = time.perf_counter()

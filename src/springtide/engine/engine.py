@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from springtide.attention import parse_policy
 from springtide.attention.policy import Policy
 from springtide.drafting.drafter import Drafter
+from springtide.drafting.several import Several
 from springtide.engine.drafters import find_adapter, find_drafter
 from springtide.engine.governor import Governor
 from springtide.engine.loop import CHUNK, PLAIN, Loop, shows_drafts
@@ -323,10 +324,10 @@ class Engine:
             watch=watch,
             meter=meter,
         )
-        if len(request.drafter.ways) > 1 and shows_drafts(request):
+        if isinstance(request.drafter, Several) and shows_drafts(request):
             raise SpringtideError(
                 f"With typical acceptance, or under '{policy.name}' as it is set, the output depends on drafts, and "
-                f"{', '.join(request.drafter.ways)} would be chosen by measured time; choose one way to draft."
+                f"{', '.join(request.drafter.ways)} would be chosen by measured time; choose one drafter."
             )
         if watch is not None:  # the last row of the prompt predicts the first token that is watched
             request.cache.crop(prefill - 1)

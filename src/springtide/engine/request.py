@@ -152,7 +152,7 @@ class Request:
 
     def view(self, depth: int) -> View:
         """What the drafter sees when it is asked for a tree of that depth."""
-        return View(self.tokens, depth, self.draft, self.cache, self.policy, self.state, self, self.gaps, self.way)
+        return View(self.tokens, depth, self.draft, self.cache, self.policy, self.state, self.gaps, self.way, self)
 
     def segment(self, kind: Kind, start: int, tokens: list[int], parents: list[int], **options: Any) -> Segment:
         """Rows of this request that follow its first ``start`` tokens."""

@@ -148,13 +148,13 @@ class SelfDraft(Drafter):
         while running := [branch for branch in branches if branch.finish_reason is None]:
             self._loop.step(running)
         for view, branch in zip(views, branches, strict=True):
-            self._back(view.request, branch)
+            self._back(view, branch)
         return [_chain(branch.tokens[len(view.tokens) - 1 :]) for view, branch in zip(views, branches, strict=True)]
 
     def _branch(self, view: View) -> Request:
         """A request that goes on from here under the sparse policy, with the drafter below."""
         request: Request = view.request
-        state: SelfState = request.draft
+        state: SelfState = view.draft
         count = min(self.counts[view.way], view.depth)
         branch = request.branch(
             self.policy, state.sparse, self.draft, self.draft.branch(state.inner, view.tokens), count
@@ -172,11 +172,11 @@ class SelfDraft(Drafter):
         branch.decode_bytes += segment.bytes_read
         return Held({index: own for index, own in slots.items() if own is not None}, branch.cache.length)
 
-    def _back(self, request: Request, branch: Request) -> None:
+    def _back(self, view: View, branch: Request) -> None:
         """Remember what holds for the committed tokens, and count what was read."""
-        request.draft.sparse = branch.state
-        branch.state.crop(request.cache.length)
-        request.decode_bytes += branch.decode_bytes
+        view.draft.sparse = branch.state
+        branch.state.crop(view.cache.length)
+        view.request.decode_bytes += branch.decode_bytes
 
 
 def _chain(tokens: list[int]) -> TokenTree:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from springtide import facts
 from springtide.attention.policy import Policy
 from springtide.drafting.drafter import Drafter
+from springtide.drafting.several import Several
 from springtide.engine.engine import Engine
 from springtide.engine.request import Request
 from springtide.errors import SpringtideError
@@ -194,7 +195,7 @@ def contenders(
     """A contender for each policy and each drafter in ``names``, see :func:`springtide.load`.
 
     ``changed``: engines with the drafters that changed their model; they are compared with that model undrafted.
-    ``adaptive``: leave out drafts while they do not pay; what drafts in several ways is refused without it.
+    ``adaptive``: leave out drafts while they do not pay; several drafters as one are refused without it.
     """
     found = []
     for policy in policies:
@@ -204,7 +205,7 @@ def contenders(
             drafter = changed[name].drafter if name in changed else name
             drafted = drafting(plain, drafter)
             drafted.adaptive = adaptive
-            if len(drafted.drafter.ways) > 1 and not adaptive:
+            if isinstance(drafted.drafter, Several) and not adaptive:
                 raise SpringtideError(
                     f"'{name}' drafts in several ways, of which the fastest is chosen as it goes; add --adaptive."
                 )
