@@ -134,3 +134,8 @@ def test_lists_keep_folders_whole(tmp_path):
 
 def test_every_option_says_what_it_is():
     assert all(POLICIES.kinds[name].__doc__ for name in POLICIES.kinds)
+
+
+def test_a_list_longer_than_a_path_may_be():
+    parts = [f"lookup:ngram={n}" for n in range(1, 600)]
+    assert split(",".join(parts), folders=True) == parts

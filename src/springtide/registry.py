@@ -5,10 +5,10 @@ The value of an option may itself be of that form, in parentheses: ``self:policy
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
 
 from springtide.errors import SpringtideError
@@ -96,7 +96,7 @@ def split(text: str, folders: bool = False) -> list[str]:
     parts: list[str] = []
     pieces = _cut(text)
     while pieces:
-        count = next((n for n in range(len(pieces), 0, -1) if folders and _is_folder(",".join(pieces[:n]))), 1)
+        count = next((n for n in range(len(pieces), 0, -1) if folders and is_folder(",".join(pieces[:n]))), 1)
         part = ",".join(pieces[:count]).strip()
         del pieces[:count]
         if parts and ":" in parts[-1] and re.match(r"[\w-]+\s*=", part):
@@ -106,8 +106,9 @@ def split(text: str, folders: bool = False) -> list[str]:
     return parts
 
 
-def _is_folder(text: str) -> bool:
-    return bool(text.strip()) and Path(text.strip()).expanduser().is_dir()
+def is_folder(text: str) -> bool:
+    """Whether ``text``, of any length, is the path of a folder that exists."""
+    return bool(text.strip()) and os.path.isdir(os.path.expanduser(text.strip()))
 
 
 def _cut(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from springtide.drafting.medusa import Medusa
 from springtide.drafting.several import Several
 from springtide.engine.self_draft import SelfDraft
 from springtide.errors import SpringtideError
-from springtide.registry import Registry, split
+from springtide.registry import Registry, is_folder, split
 
 DRAFTERS: Registry[Drafter] = Registry(
     "drafter",
@@ -42,7 +42,7 @@ def find_folder(draft: str | Path, model: Path | None) -> Path | None:
     name = _name(draft)
     if name is None:
         folder = Path(draft).expanduser()
-        if not str(draft) or not folder.is_dir():
+        if not is_folder(str(draft)):
             raise SpringtideError(
                 f"There is no drafter '{draft}': choose {', '.join(DRAFTERS.kinds)}, or give a drafter's folder."
             )
@@ -91,7 +91,7 @@ def _each(draft: str | Path, model: Path | None) -> Sequence[str | Path]:
     """What ``draft`` names, one by one."""
     if draft == AUTO:  # the place to ask first what was measured for this model on this machine
         return [Lookup.name, *_beside(model)]
-    if isinstance(draft, Path) or Path(draft).expanduser().is_dir():
+    if isinstance(draft, Path) or is_folder(draft):
         return [draft]
     text = draft.strip()
     return split(text[1:-1] if text.startswith("(") and text.endswith(")") else text, folders=True) or [draft]
@@ -127,5 +127,5 @@ def _name(draft: str | Path) -> str | None:
     """The name in ``draft``, None if it is a folder."""
     text = "" if isinstance(draft, Path) else draft.strip()
     name = text.partition(":")[0]
-    known = name in DRAFTERS.kinds and (name == text or not Path(text).expanduser().is_dir())
+    known = name in DRAFTERS.kinds and (name == text or not is_folder(text))
     return name if known else None
