@@ -99,7 +99,7 @@ def test_recall_prompts_ask_for_a_fact_that_was_told():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"texts": ("Hm",)}, "The text has . tokens, but a prompt needs 80; use a shorter --length"),
+        ({"texts": ("Hm",)}, "The text has . tokens, but a prompt needs 80; give a longer text or shorter prompts"),
         ({"texts": ("word " * 300,), "prompts": 2}, "has 1 sentences or lines .* 2 prompts were asked for"),
         ({"lengths": (20,), "recall": 1}, "too short for 5 facts"),
     ],
