@@ -33,9 +33,9 @@ def advise(
     json_file: Json = None,
 ) -> None:
     """Measure policies and drafters on this machine, and keep the fastest lossless drafters for --draft auto."""
+    from springtide.benchmarks import advise as benchmark
     from springtide.engine import advice as kept
     from springtide.engine.drafters import find_adapter
-    from springtide.evaluation import advise as evaluation
     from springtide.evaluation.drafts import passages as cut
     from springtide.evaluation.drafts import steps
     from springtide.evaluation.report import check_target, write_json
@@ -45,31 +45,31 @@ def advise(
     check_target(json_file)
     contexts, texts = sorted(read_numbers(context, "--context")), read_texts(text)
     [heat] = read_temperatures(str(temperature))
-    given = None if draft is None else evaluation.read_drafters(draft)
+    given = None if draft is None else benchmark.read_drafters(draft)
     asked = None if policy is None else Policies(policy).read()
     folder = find_model(model.name, model.revision).folder
     own = [name for name in given or () if find_adapter(name, folder) is not None]  # these change the model
     engine = model.load()
-    evaluation.check_contexts(engine, contexts, max_tokens)
+    benchmark.check_contexts(engine, contexts, max_tokens)
     home = homes(engine.stack.model)[0]
     make_folder(home)
     check_target(home / kept.FILE, json_file)
-    named = evaluation.policies(engine, asked)
-    names = evaluation.default_drafters(engine) if given is None else given
+    named = benchmark.policies(engine, asked)
+    names = benchmark.default_drafters(engine) if given is None else given
     changed = {name: model.load(draft=name) for name in own}
-    contenders = evaluation.contenders(engine, changed, names, list(named))
+    contenders = benchmark.contenders(engine, changed, names, list(named))
     cutting = cut(engine.tokenizer, texts, contexts, prompts * len(contexts), 0, seed)
     passages = result_of(cutting, len(texts), "texts")
-    timing = evaluation.costs(engine, list(named), contexts)
-    costs = result_of(timing, evaluation.steps_of(len(named), len(contexts)), "passes")
-    decoding = evaluation.advise(contenders, named, passages, costs, heat, max_tokens)
+    timing = benchmark.costs(engine, list(named), contexts)
+    costs = result_of(timing, benchmark.steps_of(len(named), len(contexts)), "passes")
+    decoding = benchmark.advise(contenders, named, passages, costs, heat, max_tokens)
     found = measured(decoding, steps(passages), "prompts")
     if json_file:
         write_json(json_file, found.as_json())
-    evaluation.show(found.rows)
+    benchmark.show(found.rows)
     found.end()
-    advices = evaluation.advice(found.rows)
-    drafters = evaluation.drafters(advices, found.rows, contenders)
+    advices = benchmark.advice(found.rows)
+    drafters = benchmark.drafters(advices, found.rows, contenders)
     path = kept.write(engine.stack, drafters, [each.as_json() for each in advices])
-    print(evaluation.said(advices))
+    print(benchmark.said(advices))
     print(f"Wrote the advice to {path}: --draft auto takes {', '.join(drafters) or 'none'}.")

@@ -1,6 +1,6 @@
 """The file ``advice.json`` beside a model: which drafters were measured to be fastest with it on one machine.
 
-It is written by :mod:`springtide.evaluation.advise`, and read where a drafter is named ``auto``.
+It is written by :mod:`springtide.benchmarks.advise`, and read where a drafter is named ``auto``.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def costs(engine: Engine, policies: Sequence[Policy], contexts: Sequence[int]) -
     found: dict[tuple[Policy, int], Callable[[float], float]] = {}
     for context in contexts:
         cells = [(policy, count) for policy in policies for count in ROWS]
-        ms = yield from median_ms(engine, cells, context, PASSES, "prefill")
+        ms = yield from median_ms(engine, cells, context, PASSES, "prefill", pause=0)
         for policy in policies:
             found[policy, context] = lines(ROWS, [ms[policy, count] for count in ROWS])
     yield found
