@@ -224,6 +224,12 @@ def test_the_fastest_of_what_is_lossless_and_of_all():
     assert chosen(found) == ["lookup"]
 
 
+def test_advice_can_be_pasted_into_a_shell():
+    draft = "self:policy=(tidal:budget=3%),tokens=4"
+    said = benchmark.said(benchmark.advice([ms(draft, 1.0)]))
+    assert said.startswith(f"After 80 tokens: --draft '{draft}' (2.00x) is the fastest")
+
+
 def test_where_nothing_pays_nothing_is_advised():
     found = [ms("none", 2.0), ms("lookup", 2.1), ms("none", 2.2, "tidal:budget=3%")]
     assert chosen(found) == []

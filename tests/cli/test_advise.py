@@ -58,6 +58,13 @@ def test_advise(run, folder, book, tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
+def test_what_is_left_out_by_default_is_said(run, folder, book):
+    result = run("advise", "--model", folder, "--text", book, "--context", 300, "--prompts", 1, "--max-tokens", 6)
+    assert (result.code, result.err) == (0, "") and "lookup:tokens=6" in result.out
+    assert "The model is not calibrated, so that tidal and self were left out; run `springtide calibrate`" in result.out
+
+
+@pytest.mark.usefixtures("quick")
 def test_an_interrupt_keeps_what_was_measured_and_advises_nothing(run, folder, book, tmp_path, monkeypatch):
     bar = show._bar
 

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import cycle
 from math import prod
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from springtide.attention.policy import Policy
@@ -305,7 +306,7 @@ def _said(each: Advice) -> str:
 
 
 def _options(each: Combination) -> str:
-    """The options of ``generate``, and what they were measured to gain."""
-    parts = [f"--policy {each.policy}"] if each.policy != Policy.name else []
-    parts += [f"--draft {each.draft}"] if each.draft != PLAIN else []
+    """The options of ``generate`` as a shell takes them, and what they were measured to gain."""
+    parts = [f"--policy {quote(each.policy)}"] if each.policy != Policy.name else []
+    parts += [f"--draft {quote(each.draft)}"] if each.draft != PLAIN else []
     return f"{' '.join(parts) or 'plain decoding'} ({each.speedup:.2f}x)"

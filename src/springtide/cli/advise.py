@@ -72,4 +72,6 @@ def advise(
     drafters = benchmark.drafters(advices, found.rows, contenders)
     path = kept.write(engine.stack, drafters, [each.as_json() for each in advices])
     print(benchmark.said(advices))
+    if engine.stack.spec.calibration is None and None in (asked, given):
+        print("The model is not calibrated, so that tidal and self were left out; run `springtide calibrate` first.")
     print(f"Wrote the advice to {path}: --draft auto takes {', '.join(drafters) or 'none'}.")
