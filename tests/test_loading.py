@@ -25,7 +25,7 @@ from springtide.drafting.drafter import Drafter
 from springtide.drafting.medusa import Medusa
 from springtide.engine.engine import Engine
 from springtide.kernels import native
-from springtide.loading import calibration_folder
+from springtide.loading import calibration_folder, drafting
 from tiny import tiny
 
 CALIBRATION = {"version": VERSION, "tidal": {"full": [], "select": [0, 2], "map": {"1": [1, 0], "3": [0, 0]}}}
@@ -180,6 +180,15 @@ def test_a_models_own_folder_comes_first(fresh, home):
     assert selecting(fresh) == 1  # the same model, whatever folder it lies in
     (fresh / "springtide.json").write_text(json.dumps(other(2)))
     assert selecting(fresh) == 2
+
+
+def test_layers_are_found_for_each_of_several_that_drafts_by_itself(fresh, monkeypatch):
+    asked = []
+    monkeypatch.setattr("springtide.loading.know_layers", lambda engine, policies: asked.append(list(policies)))
+    engine = springtide.load(fresh)
+    asked.clear()
+    drafting(engine, "lookup,self:policy=(streaming:budget=16)")
+    assert [[policy.name for policy in policies] for policies in asked] == [["streaming"]]
 
 
 def test_the_bundled_model_is_not_the_users_to_write_to(home):

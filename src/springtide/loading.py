@@ -16,14 +16,14 @@ from springtide.attention.calibration import read_calibration, read_file
 from springtide.attention.policy import Policy
 from springtide.attention.tidal import NotCalibratedError
 from springtide.drafting.drafter import Drafter
-from springtide.engine.drafters import find_adapter, find_drafter
+from springtide.drafting.several import Several
+from springtide.engine.drafters import AUTO, find_adapter, find_drafter
 from springtide.engine.engine import Engine
 from springtide.engine.self_draft import SPARSE, SelfDraft
 from springtide.errors import SpringtideError
 from springtide.files import reason
-from springtide.model.source import check_finite, find_model, foreign, load_tokenizer
-from springtide.model.stack import fingerprint
-from springtide.places import cache_home, data_home
+from springtide.model.source import check_finite, find_model, homes, identity, load_tokenizer
+from springtide.places import cache_home
 
 
 def load(
@@ -48,7 +48,8 @@ def load(
         dtype: of weights and cache, e.g. ``"float32"`` (default: the checkpoint's).
         calibrated: use the model's ``springtide.json`` if there is one, see :func:`calibration_folder`.
         draft: what proposes tokens to try: ``"lookup"``, ``"medusa"``, ``"medusa2"``, ``"hidden-transfer"`` or
-            ``"longspec"``, a drafter's folder, or a drafter. Its draft tree is chosen by what rows cost on this
+            ``"longspec"``, a drafter's folder, or a drafter; ``"auto"``: see
+            :meth:`springtide.engine.engine.Engine.named`. Its draft tree is chosen by what rows cost on this
             machine. A Medusa-2 drafter changes the model, and that is said: its folder has an adapter, which is merged
             into the weights.
         revision: of a model of the hub: a branch, a tag or a commit (default: its main branch).
@@ -77,7 +78,9 @@ def load(
         )
     source = find_model(model, revision)
     config = source.config()
-    drafter = find_drafter(draft, source.folder) if isinstance(draft, (str, Path)) else draft
+    drafter = draft  # what AUTO is depends on the weights
+    if isinstance(draft, (str, Path)) and draft != AUTO:
+        drafter = find_drafter(draft, source.folder)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(Path(tokenizer)) if tokenizer else source.tokenizer()
     loaded = source.weights(config, wanted)
@@ -117,7 +120,7 @@ def know_layers(engine: Engine, policies: Sequence[Policy | str]) -> None:
 
 def _kept_calibration(engine: Engine) -> dict[str, Any]:
     """The brief calibration of the engine's model in the user's cache, which is made if it is not there."""
-    path = cache_home() / "calibrations" / f"{_key(engine.stack.model)}.json"
+    path = cache_home() / "calibrations" / f"{identity(engine.stack.model)}.json"
     found = read_file(path)
     if found is None:
         if engine.tokenizer is None:
@@ -131,16 +134,16 @@ def _kept_calibration(engine: Engine) -> dict[str, Any]:
 def drafting(engine: Engine, draft: str | Path | Drafter) -> Engine:
     """The engine with a drafter, see :func:`load`; raises SpringtideError for one that would change the model."""
     drafter = draft if isinstance(draft, Drafter) else engine.named(draft)
-    if isinstance(drafter, SelfDraft):
-        know_layers(engine, [drafter.policy or SPARSE])
+    parts = drafter.drafters if isinstance(drafter, Several) else (drafter,)
+    know_layers(engine, [part.policy or SPARSE for part in parts if isinstance(part, SelfDraft)])
     drafted = copy(engine)
     drafted.drafter = engine.drafter_of(drafter)
     return drafted
 
 
 def calibration_of(model: PreTrainedModel) -> dict[str, Any] | None:
-    """The model's ``springtide.json``, None if there is none: the first in its :func:`_calibration_folders`."""
-    for folder in _calibration_folders(model):
+    """The model's ``springtide.json``, the first in its homes (:func:`homes`); None if there is none."""
+    for folder in homes(model):
         found = read_calibration(folder)
         if found is not None:
             return found
@@ -148,25 +151,8 @@ def calibration_of(model: PreTrainedModel) -> dict[str, Any] | None:
 
 
 def calibration_folder(model: PreTrainedModel) -> Path:
-    """Where calibration writes ``springtide.json``: the folder that the model was loaded from, if it is the user's.
-
-    What came with Springtide or lies in the cache of the Hugging Face hub is not. Its calibration goes to a folder in
-    ``$XDG_DATA_HOME/springtide``, which holds for the same weights wherever they lie.
-    """
-    return _calibration_folders(model)[0]
-
-
-def _calibration_folders(model: PreTrainedModel) -> list[Path]:
-    """Where the model's ``springtide.json`` may lie; the first that is there is the one."""
-    name, kept = model.name_or_path, data_home() / "calibrations" / _key(model)
-    if not name or not Path(name).is_dir():
-        return [kept]
-    return [kept, Path(name)] if foreign(Path(name)) else [Path(name), kept]
-
-
-def _key(model: PreTrainedModel) -> str:
-    """Tells models apart, wherever their weights came from."""
-    return f"{fingerprint(model)}-{model.config.num_hidden_layers}"
+    """Where calibration writes ``springtide.json``: the first of the model's homes, see :func:`homes`."""
+    return homes(model)[0]
 
 
 def as_device(device: str | torch.device | None) -> torch.device:

@@ -224,7 +224,8 @@ def test_eval_drafts(run, folder, drafter, book, tmp_path):
 
 DRAFTS = [
     *("draft", "policy", "budget", "temperature", "text", "length", "prompts", "acceptance_length"),
-    *("acceptance_by_position", "passes_per_token", "ms_per_token", "undrafted_ms_per_token", "speedup"),
+    *("acceptance_by_position", "passes_per_token", "rows_per_pass", "draft_ms"),
+    *("ms_per_token", "undrafted_ms_per_token", "speedup"),
     *("drafter_bytes", "outputs_equal", "prompts_that_differ", "changes_model"),
     *("perplexity", "base_perplexity", "complete"),
 ]

@@ -99,7 +99,7 @@ def test_recall_prompts_ask_for_a_fact_that_was_told():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"texts": ("Hm",)}, "The text has . tokens, but a prompt needs 80; use a shorter --length"),
+        ({"texts": ("Hm",)}, "The text has . tokens, but a prompt needs 80; give a longer text or shorter prompts"),
         ({"texts": ("word " * 300,), "prompts": 2}, "has 1 sentences or lines .* 2 prompts were asked for"),
         ({"lengths": (20,), "recall": 1}, "too short for 5 facts"),
     ],
@@ -132,6 +132,7 @@ def test_a_perfect_drafter_and_one_that_is_never_right(engine, policy):
     assert (oracle.draft, oracle.text, oracle.prompts, oracle.temperature) == ("oracle", "book", 4, 0.0)
     assert oracle.acceptance_length == pytest.approx(23 / 3)
     assert oracle.passes_per_token == pytest.approx(3 / 23)
+    assert oracle.rows_per_pass == pytest.approx(23 / 3) and oracle.draft_ms > 0
     assert oracle.acceptance_by_position == pytest.approx([1] * 4 + [2 / 3] * 4)
     assert (wrong.acceptance_length, wrong.passes_per_token, wrong.acceptance_by_position) == (1.0, 1.0, [])
     for row in (oracle, wrong):

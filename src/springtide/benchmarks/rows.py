@@ -64,10 +64,11 @@ def rows(
 
 
 def median_ms(
-    engine: Engine, cells: Sequence[Cell], context: int, passes: int, fill: Fill
+    engine: Engine, cells: Sequence[Cell], context: int, passes: int, fill: Fill, pause: float = PAUSE
 ) -> Generator[None, None, dict[Cell, float]]:
     """Median milliseconds of ``passes`` passes of each kind after ``context`` tokens; the kinds take turns.
 
+    Before each pass there is a ``pause`` of so many seconds. Without one they are as fast as while decoding.
     The rows are a chain, as of one drafted continuation, and none of them stays in the cache. What a policy makes once
     for a sequence is there before, as while decoding. Yields after the context is there, and after every pass.
     """
@@ -84,7 +85,7 @@ def median_ms(
     seconds: dict[Cell, list[float]] = {cell: [] for cell in cells}
     for _ in range(passes):
         for cell in cells:
-            time.sleep(PAUSE)
+            time.sleep(pause)
             seconds[cell] += timed(partial(peek, *cell), 1)
             yield
     return {cell: 1e3 * median(own) for cell, own in seconds.items()}

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from springtide.cli import (
+    advise,
     bench,
     calibrate,
     chat,
@@ -42,6 +43,7 @@ VERBS: Verbs = {
     "chat": chat.chat,
     "demo": demo.demo,
     "calibrate": calibrate.calibrate,
+    "advise": advise.advise,
     "see": see.see,
     "distill": distill.distill,
     "policies": policies.policies,

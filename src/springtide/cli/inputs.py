@@ -52,7 +52,8 @@ Draft = Annotated[
     typer.Option(
         help="Drafter: lookup, self, medusa, medusa2, hidden-transfer (which pocket has), longspec; "
         "NAME:OPTION=VALUE,...; or a drafter's folder. "
-        "Of several, joined by commas, the fastest is used; auto: of all that the model has."
+        "Of several, joined by commas, the fastest is used; auto: of those that `springtide advise` found, "
+        "else of all that the model has."
     ),
 ]
 

@@ -89,8 +89,8 @@ def find_adapter(draft: str | Path | Drafter | None, model: Path | None) -> Path
 
 def _each(draft: str | Path, model: Path | None) -> Sequence[str | Path]:
     """What ``draft`` names, one by one."""
-    if draft == AUTO:  # the place to ask first what was measured for this model on this machine
-        return [Lookup.name, *_beside(model)]
+    if draft == AUTO:
+        return [Lookup.name, *beside(model)]
     if isinstance(draft, Path) or is_folder(draft):
         return [draft]
     text = draft.strip()
@@ -102,7 +102,7 @@ def _below(draft: str | Path) -> str | None:
     return DRAFTERS.read(draft)[1].get("draft") if isinstance(draft, str) and _name(draft) == SelfDraft.name else None
 
 
-def _beside(model: Path | None) -> Sequence[Path]:
+def beside(model: Path | None) -> Sequence[Path]:
     """Folders of the drafters that lie beside the ``model``, without those that would change it."""
     found = [] if model is None else sorted((model / BESIDE).glob(f"*/{CONFIG}"))
     return [config.parent for config in found if not (config.parent / ADAPTER).is_dir()]

@@ -21,7 +21,8 @@ from springtide.attention import parse_policy
 from springtide.attention.policy import Policy
 from springtide.drafting.drafter import Drafter
 from springtide.drafting.several import Several
-from springtide.engine.drafters import find_adapter, find_drafter
+from springtide.engine import advice
+from springtide.engine.drafters import AUTO, find_adapter, find_drafter
 from springtide.engine.governor import Governor
 from springtide.engine.loop import CHUNK, PLAIN, Loop, shows_drafts
 from springtide.engine.memory import Memory
@@ -137,9 +138,15 @@ class Engine:
         return self._drafters[key][1]
 
     def named(self, draft: str | Path) -> Drafter:
-        """The drafter of that name or folder; raises SpringtideError if it is missing or would change the model."""
+        """The drafter of that name or folder; raises SpringtideError if it is missing or would change the model.
+
+        ``auto`` is what :mod:`springtide.engine.advice` has for this machine, else lookup and all beside the model.
+        """
         name = self.stack.model.name_or_path
         folder = Path(name) if name else None
+        advised = advice.advised(self.stack, folder) if draft == AUTO else None
+        if advised is not None:
+            return advised
         if find_adapter(draft, folder) is not None:
             raise SpringtideError(
                 f"The drafter '{draft}' comes with an adapter, which would change your model; "

@@ -109,9 +109,12 @@ class Loop:
                 request.way = request.way if way is None else way
             depths = [self._depth(request) for request in own]
             views = [request.view(depth) for request, depth in zip(own, depths, strict=True)]
+            began = time.perf_counter()
             trees = (PLAIN if way is None else drafter).propose(views)
+            seconds = (time.perf_counter() - began) / len(own)
             used = PLAIN if way is None else drafter.using(way)
             for request, tree, depth in zip(own, trees, depths, strict=True):
+                request.drafting += seconds
                 yield self._tree(request, tree.limited(depth), used)
 
     def _tree(self, request: Request, tree: TokenTree, drafter: Drafter) -> Plan:

@@ -74,8 +74,9 @@ class Request:
     request that ``lends`` shares rows with others of its session, and leaves its own to them when it ends; those of its
     first ``lent`` tokens were another's. One session at most has ``admitted`` it. ``output_start`` is where the output
     begins. ``writer`` turns it into text. Of the tokens that were ``drafted``, ``accepted`` are in the output; it took
-    ``passes`` passes after the prompt's. ``from_draft`` says of each token of the output whether it was drafted. The
-    last draft was made in that ``way`` of its drafter; ``fastest`` is the governor's arm that is, as measured.
+    ``passes`` passes after the prompt's, and ``drafting`` seconds to propose their drafts. ``from_draft`` says of each
+    token of the output whether it was drafted. The last draft was made in that ``way`` of its drafter; ``fastest`` is
+    the governor's arm that is, as measured.
 
     With a ``watch`` nothing is generated: it is called with the logits ``[n, V]`` that predict the tokens from
     ``prefill_end`` on, n at a time, and the request ends with its tokens. ``meter`` is called with every sparse read,
@@ -109,6 +110,7 @@ class Request:
     drafted: int = 0
     accepted: int = 0
     passes: int = 0
+    drafting: float = 0.0
     from_draft: list[bool] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     way: int = 0

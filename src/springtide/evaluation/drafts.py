@@ -65,7 +65,8 @@ class Drafts:
     """What a drafter gains over ``prompts`` prompts of about ``length`` tokens from one kind of ``text``.
 
     ``acceptance_length``: tokens that a pass of the target gives, its own one counted; ``passes_per_token`` is its
-    inverse. ``acceptance_by_position``: the share of passes in which the draft at depth 1, 2, ... was accepted.
+    inverse. ``rows_per_pass``: that such a pass has; ``draft_ms``: that proposing its draft took; both means.
+    ``acceptance_by_position``: the share of passes in which the draft at depth 1, 2, ... was accepted.
     ``ms_per_token`` and ``undrafted_ms_per_token``: means over the decoded tokens; ``speedup``: the latter over the
     former. ``outputs_equal``: the share of prompts whose tokens are those decoded without a drafter, which all are but
     ``prompts_that_differ``; where the drafter ``changes_model``, both are decoded by the model as it changed it.
@@ -84,6 +85,8 @@ class Drafts:
     acceptance_length: float | None
     acceptance_by_position: list[float]
     passes_per_token: float | None
+    rows_per_pass: float | None
+    draft_ms: float | None
     ms_per_token: float | None
     undrafted_ms_per_token: float | None
     speedup: float | None
@@ -97,13 +100,15 @@ class Drafts:
 
 @dataclass
 class Tally:
-    """Sums over prompts. ``depths``: how many drafted tokens each pass had accepted."""
+    """Sums over prompts. ``depths``: how many drafted tokens each pass had accepted; ``drafting``: in seconds."""
 
     prompts: int = 0
     tokens: int = 0
     seconds: float = 0.0
     differing: int = 0
     drafter_bytes: int = 0
+    drafted: int = 0
+    drafting: float = 0.0
     depths: list[int] = field(default_factory=list)
 
     def add(self, sequence: Request, expected: list[int]) -> None:
@@ -112,6 +117,8 @@ class Tally:
         self.tokens += len(sequence.output) - 1
         self.seconds += (sequence.last_token or 0.0) - (sequence.first_token or 0.0)
         self.differing += sequence.output != expected
+        self.drafted += sequence.drafted
+        self.drafting += sequence.drafting
         self.depths += accepted_depths(sequence.from_draft[1:])
         self.drafter_bytes = max(self.drafter_bytes, getattr(sequence.draft, "nbytes", 0))
 
@@ -156,7 +163,9 @@ def passages(
     fitting = [haystack for haystack in haystacks if len(haystack.opening) + len(haystack.book) >= longest]
     if not fitting:
         most = max(len(haystack.opening) + len(haystack.book) for haystack in haystacks)
-        raise SpringtideError(f"The text has {most} tokens, but a prompt needs {longest}; use a shorter --length.")
+        raise SpringtideError(
+            f"The text has {most} tokens, but a prompt needs {longest}; give a longer text or shorter prompts."
+        )
     places = [(haystack, start) for haystack in fitting for start in _starts(haystack, longest)]
     if len(places) < prompts:
         raise SpringtideError(
@@ -327,6 +336,8 @@ def _result(
         acceptance_length=own.tokens / len(own.depths) if own.depths else None,
         acceptance_by_position=own.by_position,
         passes_per_token=len(own.depths) / own.tokens if own.tokens else None,
+        rows_per_pass=1 + own.drafted / len(own.depths) if own.depths else None,
+        draft_ms=1e3 * own.drafting / len(own.depths) if own.depths else None,
         ms_per_token=ms,
         undrafted_ms_per_token=undrafted,
         speedup=undrafted / ms if undrafted and ms else None,

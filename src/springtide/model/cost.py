@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import platform
 import time
 from bisect import bisect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -49,18 +52,35 @@ def cost_of_rows(stack: Stack, policy: Policy) -> Callable[[float], float]:
 
 def key(stack: Stack, policy: Policy) -> str:
     """Everything that a cost depends on."""
-    device, level = stack.device, native.level()
+    return ", ".join((weights(stack), machine(stack), f"springtide {springtide.__version__}", repr(policy)))
+
+
+def weights(stack: Stack) -> str:
+    """Which model it is."""
+    return f"{stack.model.config.model_type} {stack.fingerprint} of {stack.spec.num_layers} layers"
+
+
+def machine(stack: Stack) -> str:
+    """What the model runs on: processor, dtype, threads and kernels."""
+    level = native.level()
     return ", ".join(
         (
-            f"{stack.model.config.model_type} {stack.fingerprint} of {stack.spec.num_layers} layers",
-            torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            torch.cuda.get_device_name(stack.device) if stack.device.type == "cuda" else _processor(),
             str(stack.model.dtype).removeprefix("torch."),
             f"{torch.get_num_threads()} threads",
             f"{level.name if level else 'torch'} kernels",
-            f"springtide {springtide.__version__}",
-            repr(policy),
         )
     )
+
+
+@cache
+def _processor() -> str:
+    """The processor's name, as Linux and others give it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def measure(stack: Stack, policy: Policy, counts: Sequence[int] = ROWS, passes: int = PASSES) -> list[float]:

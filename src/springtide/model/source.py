@@ -19,6 +19,8 @@ from springtide.errors import SpringtideError
 from springtide.files import read_object, reason
 from springtide.model import gguf, hub
 from springtide.model.architecture import Architecture
+from springtide.model.stack import fingerprint
+from springtide.places import data_home
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -133,6 +135,24 @@ def foreign(folder: Path) -> bool:
     """Whether a folder is not the user's to write to: it came with Springtide, or lies in the hub's cache."""
     places = (PACKAGE, Path(constants.HF_HUB_CACHE))
     return any(folder.resolve().is_relative_to(place.resolve()) for place in places)
+
+
+def homes(model: PreTrainedModel) -> list[Path]:
+    """Folders in which what was found out about a model may lie: it is read from any of them, written to the first.
+
+    That is the folder that the model was loaded from, if it is the user's. What came with Springtide or lies in the
+    cache of the Hugging Face hub is not: then it is a folder in ``$XDG_DATA_HOME/springtide``, which holds for the same
+    weights wherever they lie.
+    """
+    name, kept = model.name_or_path, data_home() / "calibrations" / identity(model)
+    if not name or not Path(name).is_dir():
+        return [kept]
+    return [kept, Path(name)] if foreign(Path(name)) else [Path(name), kept]
+
+
+def identity(model: PreTrainedModel) -> str:
+    """Tells models apart, wherever their weights came from."""
+    return f"{fingerprint(model)}-{model.config.num_hidden_layers}"
 
 
 def load_tokenizer(folder: Path) -> Any:
