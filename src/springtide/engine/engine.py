@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
@@ -30,7 +29,7 @@ from springtide.engine.request import FinishReason, Request, Stats
 from springtide.engine.session import Event, Session
 from springtide.engine.text import Detokenizer
 from springtide.errors import SpringtideError
-from springtide.model.cost import cost_of_rows
+from springtide.model.cost import cost_of_rows, when_asked
 from springtide.model.stack import Stack
 from springtide.options import Size, at_least, read
 from springtide.rows.cache import Cache
@@ -133,8 +132,7 @@ class Engine:
         key = (id(draft) if isinstance(draft, Drafter) else str(draft), policy)
         if key not in self._drafters:
             drafter = (draft if isinstance(draft, Drafter) else self.named(draft)).resolve(self.stack)
-            cost = cache(lambda: cost_of_rows(self.stack, policy))  # takes a second to measure, where it is asked for
-            self._drafters[key] = draft, drafter.tuned(lambda rows: cost()(rows))
+            self._drafters[key] = draft, drafter.tuned(when_asked(lambda: cost_of_rows(self.stack, policy)))
         return self._drafters[key][1]
 
     def named(self, draft: str | Path) -> Drafter:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from torch import Tensor
@@ -20,10 +19,10 @@ from springtide.attention.policy import Layer, State
 from springtide.attention.tidal import Tidal
 from springtide.drafting.drafter import Drafter, View
 from springtide.drafting.tree import TokenTree
-from springtide.engine.loop import Loop
+from springtide.engine.loop import PLAIN, Loop
 from springtide.engine.request import Request
 from springtide.errors import SpringtideError
-from springtide.model.cost import cost_of_rows
+from springtide.model.cost import cost_of_rows, when_asked
 from springtide.model.stack import Stack
 from springtide.options import Share, at_least, option
 from springtide.registry import Nested
@@ -31,7 +30,6 @@ from springtide.rows.segment import Segment
 
 WAYS = 3  # numbers of drafted tokens that may be tried, each half of the one before
 SPARSE = Tidal(budget=Share(5))
-PLAIN = Drafter()
 
 
 @dataclass
@@ -95,8 +93,8 @@ class SelfDraft(Drafter):
 
     def tuned(self, cost: Callable[[int], float]) -> Self:
         """The drafter below is verified under the sparse policy, and pays by what rows cost there."""
-        below = cache(lambda: cost_of_rows(self._loop.stack, self.policy))  # where it is asked for
-        return replace(self, draft=self.draft.tuned(lambda rows: below()(rows)))
+        below = when_asked(lambda: cost_of_rows(self._loop.stack, self.policy))
+        return replace(self, draft=self.draft.tuned(below))
 
     @property
     def counts(self) -> Sequence[int]:

@@ -50,6 +50,12 @@ def cost_of_rows(stack: Stack, policy: Policy) -> Callable[[float], float]:
     return lines(ROWS, known[name])
 
 
+def when_asked(measure: Callable[[], Callable[[float], float]]) -> Callable[[float], float]:
+    """What ``measure`` gives, which takes a second and so waits until the first cost is asked for."""
+    known = cache(measure)
+    return lambda rows: known()(rows)
+
+
 def key(stack: Stack, policy: Policy) -> str:
     """Everything that a cost depends on."""
     return ", ".join((weights(stack), machine(stack), f"springtide {springtide.__version__}", repr(policy)))
